@@ -1,0 +1,144 @@
+"""Every key jaxlm knows, with its default. A preset is this plus a few lines.
+
+Durations (the keys made with `duration`) take a number of steps, or a string: "5%" of the run, "20M tokens".
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def duration(steps):
+    """A config value that may be an int (steps) or a string ("5%", "20M tokens")."""
+    return FieldReference(steps, field_type=object)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    del arg
+    c = ConfigDict()
+    c.seed = 0  # parameters, data order, dropout
+    c.steps = 1000  # optimizer steps of the whole run
+    c.batch_size = 32  # sequences per optimizer step, over all devices
+    c.seq_len = 256  # tokens per sequence
+    c.grad_accum_steps = 1  # micro-batches the batch is cut into; same result, less memory
+    c.imports = ()  # modules imported first, which register out-of-tree parts: ("my_ablation",)
+
+    c.model = ConfigDict()
+    c.model.family = "decoder"
+    c.model.num_layers = 4
+    c.model.embed_dim = 128
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 0  # 0: num_heads. Fewer is GQA, 1 is MQA
+    c.model.head_dim = 0  # 0: embed_dim / num_heads
+    c.model.mlp_dim = 0  # 0: 4 * embed_dim
+    c.model.vocab_size = 0  # 0: the tokenizer's size rounded up to vocab_multiple
+    c.model.vocab_multiple = 1  # 128 on accelerators: matrix units like whole tiles
+    c.model.norm = "rms"  # rms, layer, none
+    c.model.norm_eps = 1e-6
+    c.model.norm_scale = True  # learned scale (and bias, for layer) in each norm
+    c.model.embed_norm = False  # one more norm right after the embedding
+    c.model.position = "rope"  # rope, learned, none
+    c.model.rope_theta = 10000.0
+    c.model.attention = "multihead"  # MHA, GQA or MQA by num_kv_heads
+    c.model.qk_norm = False  # norm of each query and key head
+    c.model.window = 0  # sliding-window length in tokens; 0: none
+    c.model.window_pattern = "G"  # repeated over layers: L local (window), G global. "LLLLLG" is Gemma 3
+    c.model.attention_softcap = 0.0  # cap*tanh(scores/cap); 0: none
+    c.model.attention_bias = False
+    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2
+    c.model.mlp_bias = False
+    c.model.block = "serial"  # serial, parallel
+    c.model.tie_embeddings = True
+    c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
+    c.model.final_softcap = 0.0  # cap*tanh(logits/cap); 0: none
+    c.model.value_residual = False  # mix the first layer's values into each layer's (arXiv:2410.17897)
+    c.model.dropout = 0.0
+    c.model.init_std = 0.02  # normal(0, init_std) for embedding; hidden weights use 1/sqrt(fan_in) if init_fan_in
+    c.model.init_fan_in = False
+    c.model.zero_init_proj = False  # attention output, feed-forward output and an untied head start at zero
+    c.model.param_dtype = "float32"
+    c.model.compute_dtype = "float32"  # bfloat16 on accelerators
+    c.model.scan_layers = False  # one compiled layer looped (fast compile) or all unrolled (fast step)
+    c.model.remat = "none"  # none, full
+    c.model.from_pretrained = ""  # a jaxlm run directory whose parameters start this run
+
+    c.objective = ConfigDict()
+    c.objective.name = "next_token"
+    c.objective.z_loss = 0.0  # weight of mean(logsumexp^2)
+    c.objective.label_smoothing = 0.0
+
+    c.data = ConfigDict()
+    c.data.source = "files"  # files, synthetic
+    c.data.path = "shakespeare"  # "shakespeare" (ships with jaxlm), a file, a glob, or a comma-separated list of them
+    c.data.valid_path = ""  # empty: the last valid_fraction of the text is held out
+    c.data.valid_fraction = 0.1
+    c.data.root = ""  # relative paths start here; empty: the current directory
+    c.data.store_dir = ""  # token stores; empty: $JAXLM_CACHE, or ~/.cache/jaxlm
+    c.data.document = "file"  # what one document is in a text file: file, line. A jsonl record is always one
+    c.data.text_field = "text"  # of a jsonl record
+    c.data.errors = "strict"  # invalid UTF-8: strict (stop and say where) or replace
+    c.data.tokenizer = "char"  # byte, char, bpe (trained on this text), or a path to tokenizer.json
+    c.data.bpe_vocab_size = 8192  # for tokenizer=bpe
+    c.data.isolate_documents = False  # packed documents do not attend to one another
+    c.data.shuffle = True
+    c.data.jitter = False  # move the row grid by a random offset each epoch, so that rows are new
+    c.data.prefetch = 2  # batches made ready ahead of the step
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, sgd, ...: jaxlm/optimizers/
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.weight_decay = 0.1  # decoupled: p -= lr * wd * p
+    c.optimizer.clip_norm = 1.0  # global gradient norm; 0: off
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.momentum = 0.95  # muon, sgd
+    c.optimizer.nesterov = True  # muon, sgd
+    c.optimizer.muon_steps = 5  # Newton-Schulz iterations
+    c.optimizer.moment_dtype = "float32"
+    # (regex on the parameter's path, learning-rate multiplier, weight-decay multiplier): each parameter must match exactly one
+    c.optimizer.groups = (
+        (r".*(embedding|kernel)", 1.0, 1.0),
+        (r".*(scale|bias|mix)", 1.0, 0.0),
+    )
+    c.optimizer.nonfinite = "stop"  # a non-finite loss or gradient: stop (exit 3), or skip the update
+    c.optimizer.ema_decay = 0.0  # >0: keep a moving average of the parameters and evaluate with it
+
+    c.schedule = ConfigDict()
+    c.schedule.name = "cosine"  # constant, linear, cosine, inverse_sqrt, wsd
+    c.schedule.warmup_steps = duration("1%")
+    c.schedule.decay_steps = duration("20%")  # of wsd: the last part
+    c.schedule.decay_shape = "linear"  # of wsd: linear, 1-sqrt
+    c.schedule.final_fraction = 0.1  # the last learning rate as a share of the peak
+
+    c.mesh = ConfigDict()  # devices along each axis; -1: the rest
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    c.mesh.context = 1
+    c.mesh.expert = 1
+    c.mesh.stage = 1
+
+    c.kernels = ConfigDict()
+    c.kernels.attention = "auto"  # auto, plain, cudnn
+    c.kernels.loss = "auto"  # auto, plain, chunked
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = duration("25%")  # 0: the last step only, which is always saved
+    c.checkpoint.keep = 2  # newest checkpoints kept
+    c.checkpoint.keep_every_steps = duration(0)  # also keep each of these for good
+    c.checkpoint.keep_best = False  # also keep the one with the lowest validation loss
+
+    c.eval = ConfigDict()
+    c.eval.every_steps = duration("25%")  # 0: after the last step only
+    c.eval.batches = 0  # 0: the whole validation split
+    c.eval.batch_size = 0  # 0: batch_size
+    c.eval.sample_tokens = 0  # tokens of text written at each evaluation
+    c.eval.sample_prompt = "\n"
+
+    c.observe = ConfigDict()
+    c.observe.log_every = 10  # steps between lines of metrics.jsonl
+    c.observe.progress = "auto"  # auto (live display on a terminal, else lines), live, lines, none
+    c.observe.report = True  # write report.html
+    c.observe.tensorboard = False
+    c.observe.wandb = ""  # a Weights & Biases project name; empty: off
+    c.observe.compile_cache = True  # keep compiled programs in $JAXLM_CACHE or ~/.cache/jaxlm
+    return c
