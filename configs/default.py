@@ -92,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.95  # muon, sgd
     c.optimizer.nesterov = True  # muon, sgd
+    c.optimizer.adam_lr_ratio = 0.15  # muon: Adam's learning rate (embedding, head, vectors) as a share of Muon's
     c.optimizer.muon_steps = 5  # Newton-Schulz iterations
     c.optimizer.moment_dtype = "float32"
     # (regex on the parameter's path, learning-rate multiplier, weight-decay multiplier): each parameter must match exactly one
@@ -141,4 +142,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.observe.tensorboard = False
     c.observe.wandb = ""  # a Weights & Biases project name; empty: off
     c.observe.compile_cache = True  # keep compiled programs in $JAXLM_CACHE or ~/.cache/jaxlm
+    return c
+
+
+def debug(c: ConfigDict) -> ConfigDict:
+    """Any preset made tiny, for a laptop: 2 layers, 10 steps, synthetic data. The parts stay the preset's own."""
+    c.steps = 10
+    c.batch_size = 8
+    c.seq_len = 32
+    c.grad_accum_steps = min(c.grad_accum_steps, 2)
+    c.model.num_layers = 2
+    c.model.embed_dim = 64
+    c.model.num_heads = 4
+    c.model.num_kv_heads = min(c.model.num_kv_heads, 2)
+    c.model.head_dim = 0
+    c.model.mlp_dim = 128
+    c.model.vocab_size = 257
+    c.model.compute_dtype = "float32"
+    c.data.source = "synthetic"
+    c.data.tokenizer = "byte"
+    c.observe.log_every = 1
     return c

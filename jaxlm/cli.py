@@ -1,0 +1,220 @@
+"""`jaxlm VERB`: one thin entry per verb. Nothing heavy is imported before the arguments and the config are right."""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from jaxlm.errors import Diverged, Preempted, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else."""
+    began = process_start()
+    parser = argparse.ArgumentParser(prog="jaxlm", description="Train Transformer language models in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (run, add_arguments) in VERBS.items():
+        verb = verbs.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        add_arguments(verb)
+    args, rest = parser.parse_known_args(argv)
+    args.began = began
+    args.overrides = [a for a in rest if a.startswith("--config.")]
+    try:
+        if unknown := [a for a in rest if not a.startswith("--config.")]:
+            raise UserError(*(f"{a}: unknown argument; see jaxlm {args.verb} --help" for a in unknown))
+        VERBS[args.verb][0](args)
+        return 0
+    except UserError as error:
+        for problem in error.problems:
+            print(f"jaxlm: {problem}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"jaxlm: diverged: {error}", file=sys.stderr)
+        return 3
+    except Preempted as error:
+        print(f"jaxlm: preempted: {error}", file=sys.stderr)
+        return 75
+
+
+def process_start() -> float:
+    """Unix time at which this process began, so that "seconds to first step" counts imports too."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            ticks = int(stat.read().rsplit(")", 1)[1].split()[19])
+            return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except OSError:  # not Linux
+        return time.time()
+
+
+def start_jax(compile_cache: bool = True) -> None:
+    import jax
+
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_dir() -> str:
+    return os.environ.get("JAXLM_CACHE") or os.path.expanduser("~/.cache/jaxlm")
+
+
+def add_config(verb):
+    verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a config file, such as configs/shakespeare.py")
+
+
+def add_workdir(verb):
+    verb.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
+
+
+def add_train(verb):
+    add_config(verb)
+    add_workdir(verb)
+    verb.add_argument("--allow_config_change", action="store_true", help="go on in a work directory of another config")
+
+
+def run_train(args):
+    """Train a model; the same command again goes on where it stopped.
+
+    Any config key can be set: --config.optimizer.learning_rate=3e-4
+    """
+    from jaxlm.config import load
+
+    config = load(args.config, args.overrides)
+    start_jax(config.observe.compile_cache)
+    from jaxlm.train.loop import train
+
+    summary = train(config, args.workdir, args.allow_config_change, args.began)
+    valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
+    report = f"; {args.workdir}/report.html" if config.observe.report else ""
+    print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
+
+
+def add_eval(verb):
+    add_workdir(verb)
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_eval(args):
+    """Loss, perplexity and bits per byte of a run's newest checkpoint on its validation split."""
+    start_jax()
+    import jax
+
+    from jaxlm.evaluate.perplexity import evaluate
+    from jaxlm.objectives.next_token import build_objective
+    from jaxlm.parallel.mesh import batch_sharding
+    from jaxlm.train.restore import open_run
+    from jaxlm.train.step import build_eval_step
+
+    run = open_run(args.workdir, args.overrides)
+    if run.data.valid is None:
+        raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
+    eval_step, rows = jax.jit(build_eval_step(run.model, build_objective(run.config))), batch_sharding(run.mesh)
+    result = evaluate(eval_step, run.params, run.data.valid.evaluation_batches(), lambda b: jax.device_put(b, rows),
+                      run.data.valid.num_bytes)
+    result = {"step": run.step, **result}
+    print(json.dumps(result) if args.json else "  ".join(
+        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+
+
+def add_generate(verb):
+    add_workdir(verb)
+    verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
+    verb.add_argument("--tokens", type=int, default=500, help="tokens to write (default %(default)s)")
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    verb.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest that sum to p")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def run_generate(args):
+    """Stream text from a run's newest checkpoint."""
+    problems = []
+    if not args.prompt:
+        problems.append("--prompt: is empty; give at least one character")
+    if args.temperature < 0:
+        problems.append(f"--temperature={args.temperature}: must be 0 (greedy) or more")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p={args.top_p}: must be in (0, 1]")
+    if args.tokens < 1 or args.top_k < 0:
+        problems.append("--tokens must be at least 1 and --top_k at least 0")
+    if problems:
+        raise UserError(*problems)
+    start_jax()
+    from jaxlm.generate.decoding import Generator
+    from jaxlm.train.restore import open_run
+
+    run = open_run(args.workdir, args.overrides)
+    tokenizer = run.data.tokenizer
+    generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, args.temperature, args.top_k, args.top_p)
+    prompt = [int(t) for t in tokenizer.encode(args.prompt)]
+    print(args.prompt, end="", flush=True)
+    ids, shown = [], ""
+    for token in generator.stream(run.params, prompt, args.tokens, args.seed, tokenizer.eos_id):
+        if token == tokenizer.eos_id:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half a character waits for its other bytes
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+
+
+def run_report(args):
+    """Write report.html of a run again from its metrics."""
+    from jaxlm.observe.report import write_report
+
+    if not os.path.isfile(os.path.join(args.workdir, "config.json")):
+        raise UserError(f"--workdir={args.workdir}: no config.json there; give the directory of a training run")
+    print(write_report(args.workdir))
+
+
+def run_doctor(args):
+    """Versions, devices, what each attention backend says of this machine, and a 10-second self-test."""
+    import importlib.metadata
+
+    from jaxlm.train.rundir import PACKAGES
+
+    print("python", sys.version.split()[0], " ", "  ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES))
+    start_jax()
+    import jax
+    import numpy as np
+
+    from configs import default
+    from jaxlm.kernels.attention import BACKENDS, attend, request_of
+
+    print("devices", ", ".join(f"{d.device_kind} ({d.platform})" for d in jax.devices()))
+    config = default.get_config()
+    config.model.head_dim = 64
+    config.model.compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    request = request_of(config, jax.default_backend())
+    rng, results = np.random.default_rng(0), {}
+    q, k, v = (jax.numpy.asarray(rng.standard_normal((2, 128, 4, 64)), config.model.compute_dtype) for _ in range(3))
+    for name in BACKENDS:
+        reason = BACKENDS[name].supports(request)
+        if not reason:
+            results[name] = np.asarray(jax.jit(lambda q, k, v, n=name: attend(q, k, v, backend=n))(q, k, v), np.float32)
+        print(f"attention {name:8}", reason or f"ok, differs from plain by {abs(results[name] - results['plain']).max():.1e}")
+    rows = []
+    for _ in range(2):
+        a = jax.random.normal(jax.random.key(0), (1024, 1024))
+        began = time.perf_counter()
+        jax.block_until_ready(jax.jit(lambda a: a @ a)(a))
+        rows.append(time.perf_counter() - began)
+    print(f"matmul 1024^3 float32: {2 * 1024**3 / rows[-1] / 1e9:.0f} GFLOP/s")
+    print("self-test passed")
+
+
+VERBS = {
+    "train": (run_train, add_train),
+    "eval": (run_eval, add_eval),
+    "generate": (run_generate, add_generate),
+    "report": (run_report, add_workdir),
+    "doctor": (run_doctor, lambda verb: None),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Configs: load a file, apply `--config.a.b=value`, validate, diff, fingerprint, and find keys that no code reads.
+
+No JAX in this file: a wrong key must be reported before JAX starts.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import json
+import pathlib
+import re
+import traceback
+
+from ml_collections import ConfigDict
+
+from jaxlm.errors import UserError
+from jaxlm.registry import did_you_mean
+
+# Where and how a run writes and watches; two runs that differ only here are the same experiment.
+NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch")
+
+
+def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
+    """`configs/shakespeare.py[:arg]` plus `["--config.steps=50", ...]` -> locked, resolved ConfigDict.
+
+    Raises UserError with every problem found, one line each.
+    """
+    path, _, arg = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        hint = did_you_mean(path, found) if found else "give the path of a config file"
+        raise UserError(f"--config={path}: no such file; {hint}")
+    module_spec = importlib.util.spec_from_file_location(f"jaxlm_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg)
+    except UserError:
+        raise
+    except Exception as error:  # any mistake in the user's own config file
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
+    config.lock()
+    apply_overrides(config, overrides)
+    resolve(config)
+    validate(config)
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: list[str]) -> None:
+    problems = []
+    for override in overrides:
+        name, equals, text = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not equals:
+            problems.append(f"{override}: unknown argument; config keys are set with --config.key=value")
+            continue
+        *groups, leaf = name.split(".")
+        node, known = config, True
+        for group in groups:
+            known = known and group in node and isinstance(node[group], ConfigDict)
+            node = node[group] if known else node
+        if not known or leaf not in node or isinstance(node[leaf], ConfigDict):
+            problems.append(f"--config.{name}: unknown key; {did_you_mean(name, flatten(config))}")
+            continue
+        kind = node.get_type(leaf)
+        try:
+            node[leaf] = parse_value(text, kind)
+        except (ValueError, SyntaxError, TypeError):
+            want = {"object": "a number of steps, '5%' or '20M tokens'"}.get(kind.__name__, f"{kind.__name__}")
+            problems.append(f"--config.{name}={text}: wrong type; give {want}, such as {node[leaf]!r}")
+    if problems:
+        raise UserError(*problems)
+
+
+def parse_value(text: str, kind: type):
+    if kind is str:
+        return text
+    if kind is object:  # a duration
+        return int(text) if re.fullmatch(r"\d+", text) else text
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower()) if text.lower() in (
+            "true", "false", "0", "1") else _refuse(text)
+    value = ast.literal_eval(text)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e6
+    if type(value) is not kind:
+        _refuse(text)
+    return value
+
+
+def _refuse(text):
+    raise ValueError(text)
+
+
+def resolve(config: ConfigDict) -> None:
+    """Fill in what follows from other keys (0 means "derive"), in place."""
+    m = config.model
+    if not m.head_dim and m.num_heads and m.embed_dim % m.num_heads == 0:
+        m.head_dim = m.embed_dim // m.num_heads
+    m.num_kv_heads = m.num_kv_heads or m.num_heads
+    m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
+    config.eval.batch_size = config.eval.batch_size or config.batch_size
+
+
+def validate(config: ConfigDict) -> None:
+    """Every problem that the config alone shows, all at once. Raises UserError."""
+    problems = []
+
+    def check(ok, problem):
+        if not ok:
+            problems.append(problem)
+
+    c, m = config, config.model
+    positive = ("steps", "batch_size", "seq_len", "grad_accum_steps", "model.num_layers", "model.embed_dim",
+                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "observe.log_every")
+    flat = flatten(c)
+    for key in positive:
+        check(flat[key] > 0, f"{key}={flat[key]}: must be at least 1")
+    if not problems:
+        check(c.batch_size % c.grad_accum_steps == 0,
+              f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}; "
+              f"use batch_size={nearest_multiple(c.batch_size, c.grad_accum_steps)}")
+        check(m.head_dim or m.embed_dim % m.num_heads == 0,
+              f"model.embed_dim={m.embed_dim} is not divisible by model.num_heads={m.num_heads}; "
+              f"use embed_dim={nearest_multiple(m.embed_dim, m.num_heads)} or set model.head_dim")
+        check(m.num_heads % m.num_kv_heads == 0,
+              f"model.num_heads={m.num_heads} is not divisible by model.num_kv_heads={m.num_kv_heads}")
+        check(m.position != "rope" or m.head_dim % 2 == 0, f"model.head_dim={m.head_dim}: rope needs an even number")
+        check(m.num_layers % len(m.window_pattern or "G") == 0 or not m.scan_layers,
+              f"model.num_layers={m.num_layers} is not a multiple of the length of model.window_pattern="
+              f"{m.window_pattern!r}; that is needed when model.scan_layers=True")
+    check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
+    check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
+    check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
+    check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
+    check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
+    check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
+    choices = {"model.block": ("serial", "parallel"), "model.remat": ("none", "full"),
+               "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
+               "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
+               "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
+               "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
+               "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked")}
+    for key, valid in choices.items():
+        check(flat[key] in valid, f"{key}={flat[key]!r}: {did_you_mean(flat[key], valid)}")
+    for axis in ("context", "expert", "stage"):
+        check(c.mesh[axis] == 1, f"mesh.{axis}={c.mesh[axis]}: this axis is not supported yet; use 1")
+    check(sum(v == -1 for v in c.mesh.values()) <= 1, "mesh: at most one axis may be -1 (the rest of the devices)")
+    for key, value in flat.items():
+        if key.endswith("_steps") and not problems:
+            try:
+                steps_of(value, c, key)
+            except UserError as error:
+                problems.extend(error.problems)
+    for name in c.imports:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            problems.append(f"imports: cannot import {name!r} ({error}); put its folder on PYTHONPATH")
+    if problems:
+        raise UserError(*problems)
+
+
+def nearest_multiple(value: int, factor: int) -> int:
+    return max(factor, round(value / factor) * factor)
+
+
+def steps_of(value, config: ConfigDict, key: str) -> int:
+    """A duration in optimizer steps: 100 (steps), "5%" (of the run), "20M tokens"."""
+    if isinstance(value, int):
+        steps = value
+    elif match := re.fullmatch(r"([\d.]+)\s*%", str(value)):
+        steps = round(config.steps * float(match[1]) / 100)
+    elif match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMBT]?)\s*tokens", str(value)):
+        scale = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
+        steps = max(1, round(float(match[1]) * scale / (config.batch_size * config.seq_len)))
+    else:
+        raise UserError(f"{key}={value!r}: give a number of steps, a share of the run ('5%') or '20M tokens'")
+    if steps < 0:
+        raise UserError(f"{key}={value!r}: must not be negative")
+    return steps
+
+
+def flatten(config) -> dict:
+    """{"model.embed_dim": 128, ...}, leaves only; takes a ConfigDict or a nested dict."""
+    out = {}
+    for key, value in (config.items() if hasattr(config, "items") else ()):
+        if isinstance(value, (ConfigDict, dict)):
+            out.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        else:
+            out[key] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def identity(config) -> dict:
+    return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
+
+
+def fingerprint(config) -> str:
+    """16 hex digits that name the experiment: all keys but paths, logging and saving."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def diff(old, new) -> list[str]:
+    """Lines `key: old -> new` for the keys of the experiment that differ; takes configs or nested dicts."""
+    old, new = (json.loads(json.dumps(identity(c))) for c in (old, new))
+    keys = sorted(set(old) | set(new))
+    missing = "(absent)"
+    return [f"{k}: {old[k] if k in old else missing} -> {new[k] if k in new else missing}"
+            for k in keys if k not in old or k not in new or old[k] != new[k]]
+
+
+class Tracked:
+    """A read-only view of a config that remembers which leaves were read.
+
+    The train loop builds everything from one of these; `unread` then names the keys that were set but do nothing.
+    """
+
+    def __init__(self, config: ConfigDict, prefix: str = "", reads: set | None = None):
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_prefix", prefix)
+        object.__setattr__(self, "reads", set() if reads is None else reads)
+
+    def __getattr__(self, name):
+        value = self._config[name]
+        path = self._prefix + name
+        if isinstance(value, ConfigDict):
+            return Tracked(value, path + ".", self.reads)
+        self.reads.add(path)
+        return value
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"configs are read-only while running: {self._prefix}{name}")
+
+    def unread(self, default: ConfigDict) -> list[str]:
+        """Keys whose value differs from the default's, yet no code read them."""
+        mine, base = flatten(self._config), flatten(default)
+        return [f"{k}={mine[k]!r}: is set, but nothing in this run reads it; remove it, or choose the part that uses it"
+                for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])]

@@ -1,0 +1,111 @@
+"""Attention backends. Each says what it supports, with a reason; `auto` takes the first that can serve."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.errors import UserError
+from jaxlm.registry import Registry
+
+BACKENDS = Registry("attention backend", key="kernels.attention")
+
+
+class Request(NamedTuple):
+    """What a run asks of its attention."""
+
+    platform: str  # cpu, gpu, tpu
+    dtype: str
+    head_dim: int
+    softcap: bool
+    segments: bool  # packed documents are isolated
+
+
+class Backend(NamedTuple):
+    supports: object  # Request -> "" if it can serve, else the reason why not
+    attend: object
+
+
+def request_of(config, platform: str) -> Request:
+    m = config.model
+    return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents)
+
+
+def choose_backend(config, platform: str) -> tuple[str, str]:
+    """-> (name, why). Raises UserError where the backend asked for by name cannot serve."""
+    request, asked = request_of(config, platform), config.kernels.attention
+    if asked != "auto":
+        reason = BACKENDS[asked].supports(request)
+        if reason:
+            raise UserError(f"kernels.attention={asked!r}: {reason}; use kernels.attention=auto")
+        return asked, "asked for"
+    refused = []
+    for name in ("cudnn", "plain"):
+        reason = BACKENDS[name].supports(request)
+        if not reason:
+            return name, "; ".join(refused) or "fastest that serves"
+        refused.append(f"{name}: {reason}")
+    raise UserError("kernels.attention=auto: no backend serves this run: " + "; ".join(refused))
+
+
+def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: float = 0.0, segment_ids_BT=None,
+           first_query=0):
+    """Causal attention -> out_BTNH. Scores are scaled by 1/sqrt(H).
+
+    window: a query sees its own position and the window-1 before it; 0: all before it.
+    segment_ids_BT: a query sees keys of its own segment only.
+    first_query: position of the first query among the keys, when decoding with a cache (S > T).
+    """
+    return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+
+
+def causal_mask(T: int, S: int, window: int, first_query):
+    q_T1, k_1S = first_query + jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+    mask_TS = k_1S <= q_T1
+    return mask_TS & (q_T1 - k_1S < window) if window else mask_TS
+
+
+def plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
+    """The reference: materialises the scores, softmax in float32; any mask, any device."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    # Heads before tokens: each score matrix is then one contiguous matrix product, twice as fast on a CPU.
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = causal_mask(T, S, window, first_query)
+    if segment_ids_BT is not None:
+        mask = mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v_BSKH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def cudnn(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
+    """cuDNN's fused attention through JAX; memory linear in T. Decoding goes through `plain`: its T is 1."""
+    if q_BTNH.shape[1] != k_BSKH.shape[1]:
+        return plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+    # local_window_size given as one number would be symmetric; (left, 0) without is_causal would see the future.
+    local = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local,
+                                        implementation="cudnn")
+
+
+def cudnn_supports(request: Request) -> str:
+    if request.platform != "gpu":
+        return f"needs an NVIDIA GPU, this is {request.platform}"
+    if request.dtype != "bfloat16":
+        return f"needs model.compute_dtype=bfloat16, not {request.dtype}"
+    if request.softcap:
+        return "has no soft-cap (model.attention_softcap)"
+    if request.segments:
+        return "cannot isolate packed documents without a T x T mask (data.isolate_documents)"
+    if request.head_dim % 8 or request.head_dim > 128:
+        return f"needs a head_dim that is a multiple of 8 and at most 128, not {request.head_dim}"
+    return ""
+
+
+BACKENDS.register("plain")(Backend(lambda request: "", plain))
+BACKENDS.register("cudnn")(Backend(cudnn_supports, cudnn))

@@ -1,0 +1,83 @@
+"""Attention: queries, keys and values from x, then one of the kernels of `jaxlm.kernels.attention`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.kernels.attention import attend
+from jaxlm.models.norms import build_norm
+from jaxlm.models.parameter import constant, parameter
+from jaxlm.models.positions import rotate
+from jaxlm.registry import Registry
+
+ATTENTIONS = Registry("attention", key="model.attention")
+
+
+@ATTENTIONS.register("multihead")
+class Attention(nnx.Module):
+    """Multi-head attention; grouped-query with fewer key/value heads, multi-query with one (arXiv:2305.13245)."""
+
+    def __init__(self, config, rngs, inits):
+        m = config.model
+        N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
+        self.softcap = m.attention_softcap
+        self.query = Projection(m, rngs, N, inits.hidden(D))
+        self.key = Projection(m, rngs, K, inits.hidden(D))
+        self.value = Projection(m, rngs, K, inits.hidden(D))
+        self.out = OutProjection(m, rngs, inits.output(N * H))
+        if m.qk_norm:
+            self.query_norm, self.key_norm = build_norm(config, H, rngs), build_norm(config, H, rngs)
+        if m.value_residual:
+            self.mix = parameter(rngs, (), (), constant(0.5), m.param_dtype)
+
+    def __call__(self, x_BTD, context, window: int, first_value=None, cache=None):
+        """-> (x_BTD, v_BSKH of this layer before mixing, cache with this step's keys and values written).
+
+        context: what is the same for all layers (rope tables, positions, segment_ids, backend).
+        window: sliding-window length, 0 for none. first_value: v_BSKH of the first layer, for value residuals.
+        cache: (k_BSKH, v_BSKH) of decoding, written from `context.cache_index` on.
+        """
+        q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if hasattr(self, "query_norm"):
+            q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+        q_BTNH, k_BSKH = rotate(q_BTNH, context.rope), rotate(k_BSKH, context.rope)
+        own_value = v_BSKH
+        if hasattr(self, "mix") and first_value is not None:
+            mix = self.mix[...].astype(v_BSKH.dtype)
+            v_BSKH = (1 - mix) * v_BSKH + mix * first_value
+        if cache is not None:
+            at = (0, context.cache_index, 0, 0)
+            k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), at)
+            v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), at)
+            cache = (k_BSKH, v_BSKH)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
+                          segment_ids_BT=context.segment_ids, first_query=context.cache_index)
+        return self.out(out_BTNH), own_value, cache
+
+
+class Projection(nnx.Module):
+    """x_BTD -> heads BTNH."""
+
+    def __init__(self, m, rngs, heads, init):
+        shape, axes = (m.embed_dim, heads, m.head_dim), ("embed", "heads", None)
+        self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=1)
+        if m.attention_bias:
+            self.bias = parameter(rngs, shape[1:], axes[1:], constant(0.0), m.param_dtype)
+
+    def __call__(self, x_BTD):
+        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        return y_BTNH + self.bias[...].astype(x_BTD.dtype) if hasattr(self, "bias") else y_BTNH
+
+
+class OutProjection(nnx.Module):
+    """Heads BTNH -> x_BTD."""
+
+    def __init__(self, m, rngs, init):
+        shape, axes = (m.num_heads, m.head_dim, m.embed_dim), ("heads", None, "embed")
+        self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
+        if m.attention_bias:
+            self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)
+
+    def __call__(self, x_BTNH):
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.kernel[...].astype(x_BTNH.dtype))
+        return y_BTD + self.bias[...].astype(y_BTD.dtype) if hasattr(self, "bias") else y_BTD

@@ -1,0 +1,128 @@
+"""The decoder-only Transformer: tokens_BT -> hidden x_BTD -> logits_BTV."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.models.block import Block, Context, drop
+from jaxlm.models.norms import build_norm
+from jaxlm.models.parameter import constant, normal, parameter
+from jaxlm.models.positions import build_position
+from jaxlm.registry import Registry
+
+FAMILIES = Registry("model family", key="model.family")
+
+
+@FAMILIES.register("decoder")
+class Transformer(nnx.Module):
+    """Layers are always stored stacked (leading axis L), so that a checkpoint does not depend on `scan_layers`."""
+
+    def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
+        m = config.model
+        self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
+        self.isolate = config.data.isolate_documents
+        self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.scan, self.remat, self.value_residual = m.scan_layers, m.remat, m.value_residual
+        self.cache_shape = (m.num_kv_heads, m.head_dim)
+        self.pattern = tuple(m.window if letter == "L" else 0 for letter in m.window_pattern)
+        self.windows = tuple(self.pattern[i % len(self.pattern)] for i in range(m.num_layers))
+        self.vocab_size = vocab_size
+        self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
+                                   m.param_dtype)
+        self.position = build_position(config, rngs)
+        if m.embed_norm:
+            self.embed_norm = build_norm(config, m.embed_dim, rngs)
+        make = nnx.split_rngs(splits=m.num_layers)(nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0))
+        self.layers = make(rngs)
+        self.final_norm = build_norm(config, m.embed_dim, rngs)
+        if not m.tie_embeddings:
+            init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
+            self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
+                                                  m.param_dtype, num_inputs=1))
+
+    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, key=None, cache=None, cache_index=0):
+        """-> (x_BTD after the last norm, cache). `key` switches dropout on; `cache` is for decoding (`init_cache`)."""
+        if positions_BT is None:
+            positions_BT = cache_index + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
+        x_BTD = self.embedding[...][tokens_BT].astype(self.compute_dtype) * self.embed_scale
+        x_BTD = self.position.embed(x_BTD, positions_BT)
+        if hasattr(self, "embed_norm"):
+            x_BTD = self.embed_norm(x_BTD)
+        keys_L = None
+        if key is not None and self.dropout:
+            key, embed_key = jax.random.split(key)
+            x_BTD, keys_L = drop(x_BTD, self.dropout, embed_key), jax.random.split(key, len(self.windows))
+        context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT if self.isolate else None,
+                          backend=self.backend, dropout=self.dropout, cache_index=cache_index)
+        x_BTD, cache = self._run_layers(x_BTD, context, keys_L, cache)
+        return self.final_norm(x_BTD), cache
+
+    def _run_layers(self, x_BTD, context, keys_L, cache):
+        """All blocks in order; a scan goes over whole periods of the window pattern, so that windows stay static."""
+        graph, stacked = nnx.split(self.layers)
+
+        def block(x, value, state, key, layer_cache, window):
+            x, own_value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer_cache, key)
+            return x, own_value if value is None else value, layer_cache
+
+        if self.remat == "full":
+            block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
+        xs = (stacked, keys_L, cache)
+        value, length, period = None, len(self.windows), len(self.pattern)
+        if not self.scan:
+            caches, layers = [], unstack(xs, length)
+            for layer, window in zip(layers, self.windows, strict=True):
+                x_BTD, value, out = block(x_BTD, value, *layer, window)
+                value = value if self.value_residual else None
+                caches.append(out)
+            return x_BTD, None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+
+        def run_period(carry, xs_P):
+            (x, value), outs = carry, []
+            for i, window in enumerate(self.pattern):
+                x, value, out = block(x, value, *jax.tree.map(lambda a, i=i: a[i], xs_P), window)
+                value = value if self.value_residual else None
+                outs.append(out)
+            return (x, value), (None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *outs))
+
+        head = 0
+        if self.value_residual:  # the first period makes the value that all later ones carry
+            first = jax.tree.map(lambda a: a[:period], xs)
+            (x_BTD, value), first_out = run_period((x_BTD, None), first)
+            head = period
+        rest = jax.tree.map(lambda a: a[head:].reshape(-1, period, *a.shape[1:]), xs)
+        (x_BTD, _), out = jax.lax.scan(run_period, (x_BTD, value), rest)
+        if cache is None:
+            return x_BTD, None
+        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+        if head:
+            out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_out, out)
+        return x_BTD, out
+
+    @property
+    def head_kernel(self):
+        """(D, V): the transposed embedding where tied."""
+        return self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+
+    def logits(self, x_BTD):
+        """-> logits_BTV float32."""
+        logits = jnp.einsum("BTD,DV->BTV", x_BTD, self.head_kernel.astype(x_BTD.dtype)).astype(jnp.float32)
+        return softcap(logits, self.final_softcap)
+
+    def init_cache(self, batch: int, length: int):
+        """Keys and values of every layer, two of (L, B, S, K, H), for decoding up to `length` tokens."""
+        shape = (len(self.windows), batch, length, *self.cache_shape)
+        return jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)
+
+
+def unstack(tree, length: int) -> list:
+    """A tree of stacked leaves -> one tree per layer. `split` has a concatenation as its gradient; indexing would have
+    `length` full-size additions."""
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [[part[0] for part in jax.lax.split(leaf, [1] * length)] for leaf in leaves]
+    return [structure.unflatten(layer) for layer in zip(*columns, strict=True)]
+
+
+def softcap(x, cap: float):
+    return cap * jnp.tanh(x / cap) if cap else x

@@ -1,0 +1,28 @@
+"""Objectives: (model, batch, key) -> (loss_sum, weight_sum, aux). Sums, never means: the mean is taken once, over the
+global batch, so that accumulation, data parallelism and evaluation agree exactly."""
+
+import jax.numpy as jnp
+
+from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.registry import Registry
+
+OBJECTIVES = Registry("objective", key="objective.name")
+
+
+def build_objective(config):
+    return OBJECTIVES[config.objective.name](config)
+
+
+@OBJECTIVES.register("next_token")
+def next_token(config):
+    """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss and label smoothing."""
+    z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
+
+    def objective(model, batch, key=None):
+        x_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], key=key)
+        loss_sum, nll_sum = cross_entropy(
+            x_BTD, model.head_kernel, batch["targets"], batch["loss_mask"], cap=model.final_softcap,
+            z_loss=z_loss, label_smoothing=smoothing, method=method)
+        return loss_sum, jnp.sum(batch["loss_mask"]), {"nll": nll_sum}
+
+    return objective

@@ -1,0 +1,254 @@
+"""`train`: build everything, resume, step, watch, save. Reads from top to bottom.
+
+How a run starts, in this order: a checkpoint in its own work directory; `model.from_pretrained`; from scratch.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.checkpoint.manager import Checkpoints
+from jaxlm.config import Tracked, fingerprint, steps_of
+from jaxlm.data.loader import build_data
+from jaxlm.errors import Diverged, Preempted, UserError
+from jaxlm.evaluate.perplexity import evaluate
+from jaxlm.kernels.attention import choose_backend
+from jaxlm.objectives.next_token import build_objective
+from jaxlm.observe.progress import build_progress
+from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
+from jaxlm.observe.writers import build_writers
+from jaxlm.optimizers.build import build_optimizer
+from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel.mesh import batch_sharding, build_mesh, replicated
+from jaxlm.train.rundir import open_run_directory, write_json
+from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
+from jaxlm.train.step import build_eval_step, build_train_step
+
+
+def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None) -> dict:
+    """Train to `config.steps` and return the summary. Raises UserError, Diverged, Preempted (see `jaxlm.errors`)."""
+    began = time.time() if process_start is None else process_start
+    full_config, config = config, Tracked(config)
+    from configs import default
+
+    # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
+    mesh = build_mesh(config)
+    data = build_data(config)
+    backend, why = choose_backend(config, jax.default_backend())
+    model = build_model(config, data.vocab_size, backend)
+    objective = build_objective(config)
+    optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
+    train_step = build_train_step(config, model, objective, optimizer, schedule)
+    steps, log_every = config.steps, config.observe.log_every
+    duration = lambda value, key: steps_of(value, full_config, key)
+    eval_every = duration(config.eval.every_steps, "eval.every_steps")
+    save_every = duration(config.checkpoint.every_steps, "checkpoint.every_steps")
+    keep_every = duration(config.checkpoint.keep_every_steps, "checkpoint.keep_every_steps")
+    policy, pretrained = config.optimizer.nonfinite, config.model.from_pretrained
+    keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+    eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
+    wants_report = config.observe.report
+    progress = build_progress(config, steps)
+    _ = config.imports, config.observe.compile_cache  # read by the config's validation and by the command line
+    open_run_directory(workdir, full_config, allow_config_change)
+    writers = build_writers(config, workdir)
+    if unread := config.unread(default.get_config()):
+        raise UserError(*unread)
+
+    # ---- State: born on its devices, or restored -----------------------------------------------------------------------
+    init = build_init(config, model, optimizer)
+    abstract = jax.eval_shape(init, 0)
+    shardings = state_shardings(mesh, model, abstract)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
+    if checkpoints.latest() is not None:
+        _, state, _ = checkpoints.restore(abstract)
+    else:
+        state = jax.jit(init, out_shardings=shardings)(config.seed)
+        if pretrained:
+            source = Checkpoints(os.path.join(pretrained, "checkpoints"), keep, 0, False, create=False)
+            state["params"] = source.restore_params(abstract["params"])
+    start = int(state["step"])
+    writers.truncate_after(start)
+
+    # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    put = lambda batch: jax.device_put(batch, rows)
+    hyper = jax.device_put({"learning_rate": np.float32(config.optimizer.learning_rate),
+                            "weight_decay": np.float32(config.optimizer.weight_decay),
+                            "seed": np.int32(config.seed)}, everywhere)
+    shape = (config.batch_size, config.seq_len)
+    abstract_batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_mask" else jnp.int32, sharding=rows)
+                      for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
+    compile_began = time.time()
+    step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)).lower(
+        abstract, abstract_batch, hyper).compile()
+    compile_seconds = time.time() - compile_began
+    eval_step = jax.jit(build_eval_step(model, objective))
+
+    # ---- Watch ----------------------------------------------------------------------------------------------------------
+    windows = tuple(config.model.window if letter == "L" else 0 for letter in config.model.window_pattern)
+    windows = [windows[i % len(windows)] for i in range(config.model.num_layers)]
+    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters, config.seq_len, windows)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    peak = peak * mesh.size if peak else None
+    names = list(flatten_paths(model.specs))
+    progress.start([
+        f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters, vocabulary {data.vocab_size:,}, "
+        f"{config.batch_size * config.seq_len:,} tokens a step",
+        f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh "
+        + " ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1),
+        f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
+        + (f"resuming at step {start}" if start else "from scratch"),
+    ])
+    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
+              "speeds": []}
+    generator = None
+
+    def averaged():
+        return state["ema"] if "ema" in state else state["params"]
+
+    def run_evaluation(step):
+        nonlocal generator
+        if data.valid is not None:
+            batches = data.valid.evaluation_batches(eval_batches)
+            share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
+            line = evaluate(eval_step, averaged(), batches, put, max(1.0, share * data.valid.num_bytes))
+            totals["valid"] = line
+            line = {"split": "valid/all", "step": step, **{k: line[k] for k in ("loss", "perplexity", "bits_per_byte")}}
+            writers.write(line)
+            progress.evaluation(line)
+        if sample_tokens:
+            from jaxlm.generate.decoding import Generator
+
+            tokenizer = data.tokenizer
+            generator = generator or Generator(model, tokenizer.vocab_size, config.seq_len, temperature=0.8, top_k=50)
+            ids = generator.stream(averaged(), list(tokenizer.encode(prompt)), sample_tokens, seed=step)
+            text = tokenizer.decode(list(ids))
+            writers.text(step, prompt, text)
+            progress.sample(text)
+
+    def save(step):
+        checkpoints.save(step, state, totals["valid"] or None, {"fingerprint": fingerprint(full_config), "step": step})
+
+    def finish(status, exit_code, step):
+        checkpoints.wait()
+        progress.stop()
+        speeds = sorted(totals["speeds"])
+        speed = speeds[len(speeds) // 2] if speeds else None
+        summary = {
+            "status": status, "exit_code": exit_code, "steps": step, "tokens": totals["tokens"],
+            "parameters": model.num_parameters, "train_loss": totals["train_loss"],
+            "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
+            "bits_per_byte": totals["valid"]["bits_per_byte"] if totals["valid"] else None,
+            "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
+            "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
+            "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
+            "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": backend,
+            "jax_version": jax.__version__, "commit": json.loads(pathlib.Path(workdir, "config.json").read_text())["commit"],
+        }
+        write_json(os.path.join(workdir, "summary.json"), summary)
+        writers.close()
+        if wants_report:
+            from jaxlm.observe.report import write_report
+
+            write_report(workdir)
+        return summary
+
+    # ---- The loop -------------------------------------------------------------------------------------------------------
+    stop = StopSignal()
+    clock = Clock()
+    clock.restart(start, totals["tokens"])
+    pending = None  # (step, metrics on the device), read back one step late
+
+    def read_back(item):
+        """Metrics of a finished step: the host waits for step n only after n+1 was sent to the device."""
+        step, on_device = item
+        metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
+        totals["tokens"] += int(metrics["tokens"])
+        if totals["first_step"] is None:
+            totals["first_step"] = time.time() - began
+        if not metrics["finite"]:
+            bad = int(metrics["bad_leaf"])
+            where = f"first in the gradient of {names[bad]}" if bad >= 0 else "in the loss"
+            message = f"step {step}: non-finite value, {where}"
+            if policy == "stop":
+                raise Diverged(f"{message}; the state before it was kept. Lower optimizer.learning_rate, or set "
+                               "optimizer.nonfinite=skip")
+            progress.message(f"{message}; update skipped")
+        if step % log_every == 0 or step == steps:
+            rates = clock.lap(step, totals["tokens"])
+            totals["train_loss"] = metrics["loss"]
+            speed = rates["tokens_per_second"]
+            if speed and step > start + log_every:  # the first lines hold the warm-up
+                totals["speeds"].append(speed)
+            line = {"split": "train", "step": step, "tokens": totals["tokens"], "loss": metrics["loss"],
+                    "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
+                    "mfu": speed * causal_flops / peak if peak and speed else None,
+                    "mfu_palm": speed * palm_flops / peak if peak and speed else None,
+                    "elapsed_seconds": time.time() - began}
+            writers.write(line)
+            progress.update(line)
+
+    step = start
+    batches = data.train.prefetched(start, put)
+    try:
+        with jax.transfer_guard("disallow"):
+            for step in range(start + 1, steps + 1):
+                waited = time.perf_counter()
+                batch = next(batches)
+                clock.waited(time.perf_counter() - waited)
+                state, metrics = step_fn(state, batch, hyper)
+                if pending:
+                    read_back(pending)
+                pending = (step, metrics)
+                due_eval = step == steps or (eval_every and step % eval_every == 0)
+                due_save = step == steps or (save_every and step % save_every == 0)
+                if due_eval or due_save or stop.received:
+                    read_back(pending)
+                    pending = None
+                    if due_eval:
+                        with jax.transfer_guard("allow"):
+                            run_evaluation(step)
+                    if due_save or stop.received:
+                        with jax.transfer_guard("allow"):
+                            save(step)
+                    clock.restart(step, totals["tokens"])
+                if stop.received and step < steps:
+                    finish("preempted", 75, step)
+                    raise Preempted(f"{stop.name} at step {step}: saved; run the same command again to go on")
+    except Diverged:
+        finish("diverged", 3, step)
+        raise
+    finally:
+        stop.restore()
+        batches.close()
+        checkpoints.close()
+        progress.stop()
+    return finish("completed", 0, steps)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a save and a clean end; a second one acts at once."""
+
+    def __init__(self):
+        self.received, self.name, self._old = False, "", {}
+        try:
+            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: the caller handles signals
+            pass
+
+    def _handle(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received, self.name = True, signal.Signals(number).name
+
+    def restore(self):
+        for number, old in self._old.items():
+            signal.signal(number, old)

@@ -1,0 +1,70 @@
+"""A finished or running run, opened for use: its config, model and newest parameters."""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxlm.errors import UserError
+
+
+class Run(NamedTuple):
+    config: ConfigDict
+    model: Any  # jaxlm.train.state.Model
+    params: Any
+    data: Any  # jaxlm.data.loader.Data
+    mesh: Any
+    step: int
+
+
+def config_of_run(workdir: str, overrides=()) -> ConfigDict:
+    """The config stored in `workdir`, on top of today's defaults. Raises UserError if there is none."""
+    from configs import default
+
+    from jaxlm.config import apply_overrides, validate
+
+    file = pathlib.Path(workdir, "config.json")
+    if not file.is_file():
+        raise UserError(f"--workdir={workdir}: no config.json there; give the directory of a training run")
+    config = default.get_config()
+    config.update(as_tuples(json.loads(file.read_text())["config"]))
+    config.lock()
+    apply_overrides(config, overrides)
+    validate(config)
+    return config
+
+
+def as_tuples(value):
+    if isinstance(value, dict):
+        return {k: as_tuples(v) for k, v in value.items()}
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def open_run(workdir: str, overrides=()) -> Run:
+    config = config_of_run(workdir, overrides)
+    import jax
+
+    from jaxlm.checkpoint.manager import Checkpoints
+    from jaxlm.data.loader import build_data
+    from jaxlm.kernels.attention import choose_backend
+    from jaxlm.parallel.mesh import build_mesh, sharding_of
+    from jaxlm.train.state import build_model, is_spec
+
+    mesh, data = build_mesh(config), build_data(config)
+    backend, _ = choose_backend(config, jax.default_backend())
+    model = build_model(config, data.vocab_size, backend)
+    abstract = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding_of(mesh, s.axes, s.shape)),
+        model.specs, is_leaf=is_spec)
+    directory = os.path.join(workdir, "checkpoints")
+    if not os.path.isdir(directory):
+        raise UserError(f"--workdir={workdir}: no checkpoints there yet; train first")
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False)
+    if checkpoints.latest() is None:
+        raise UserError(f"--workdir={workdir}: no checkpoint there yet; train first")
+    params = checkpoints.restore_params(abstract, name="ema" if config.optimizer.ema_decay else "params")
+    step = checkpoints.latest()
+    checkpoints.close()
+    return Run(config, model, params, data, mesh, step)

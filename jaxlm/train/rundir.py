@@ -1,0 +1,61 @@
+"""The run directory: config.json says what the run is; a work directory belongs to one config."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+
+from jaxlm.config import diff, fingerprint
+from jaxlm.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy", "tokenizers")
+
+
+def open_run_directory(workdir: str, config, allow_config_change: bool) -> None:
+    """Make the directory and write config.json, or check that the one there is the same experiment.
+
+    Raises UserError: not writable, or another config (with the diff).
+    """
+    file = pathlib.Path(workdir, "config.json")
+    values = json.loads(config.to_json())
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())["config"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); use another --workdir") from error
+        changes = diff(old, values)
+        if changes and not allow_config_change:
+            raise UserError(f"{workdir}: belongs to another config ({'; '.join(changes)}); use another --workdir, "
+                            "or --allow_config_change to go on with the new one")
+        if not changes:
+            return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"config": values, "fingerprint": fingerprint(config), "commit": git_commit(),
+                          "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                          "packages": {p: importlib.metadata.version(p) for p in PACKAGES}})
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); free space or choose another "
+                        "directory") from error
+
+
+def write_json(file, value) -> None:
+    temporary = f"{file}.tmp{os.getpid()}"
+    with open(temporary, "w") as out:
+        json.dump(value, out, indent=1)
+    os.replace(temporary, file)
+
+
+def git_commit() -> str | None:
+    """The commit of the jaxlm checkout, "-dirty" if edited; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(("git", "-C", here, *args), capture_output=True, text=True, timeout=5)
+        head = run("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("-dirty" if run("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,80 @@
+"""One optimizer step, as a pure function: (state, batch, hyper) -> (state, metrics)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def build_train_step(config, model, objective, optimizer, schedule):
+    """-> train_step(state, batch, hyper) -> (state, metrics), to be jitted with `state` donated.
+
+    batch: arrays (B, T), B = config.batch_size.
+    hyper: traced scalars {"learning_rate", "weight_decay", "seed"}, so that an ensemble of them is one `vmap`.
+    metrics: float32 scalars; loss is nats per target token over the whole batch; bad_leaf is the index (in the order of
+    `flatten_paths`) of the first gradient that is not finite, -1 if all are.
+    """
+    accum, clip_norm = config.grad_accum_steps, config.optimizer.clip_norm
+    ema_decay, dropout = config.optimizer.ema_decay, config.model.dropout
+
+    def train_step(state, batch, hyper):
+        params, step = state["params"], state["step"]
+        key = jax.random.fold_in(jax.random.key(hyper["seed"]), step) if dropout else None
+
+        def loss_fn(params, micro, key):
+            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, params), micro, key=key)
+            return loss_sum, (weight_sum, aux["nll"])
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if accum == 1:
+            (_, (weight, nll)), grads = gradient(params, batch, key)
+        else:
+            # Rows are dealt out in turn, so that each micro-batch keeps the sharding of the whole.
+            micros = jax.tree.map(lambda a: a.reshape(-1, accum, *a.shape[1:]).swapaxes(0, 1), batch)
+
+            def accumulate(total, xs):
+                micro, i = xs
+                (_, sums), grads = gradient(params, micro, None if key is None else jax.random.fold_in(key, i))
+                return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+            zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+            ((weight, nll), grads), _ = jax.lax.scan(accumulate, zero, (micros, jnp.arange(accum)))
+
+        weight = jnp.maximum(weight, 1.0)  # a batch of padding only: a zero gradient, not 0/0
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
+        grad_norm = jnp.sqrt(jnp.sum(squares))
+        if clip_norm:
+            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
+
+        learning_rate = hyper["learning_rate"] * schedule(step)
+        new_params, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate, hyper["weight_decay"])
+        new_state = {"params": new_params, "opt_state": opt_state}
+        if ema_decay:
+            new_state["ema"] = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state["ema"], new_params)
+        # A bad update never reaches the state, whatever the policy: the device decides, the host hears of it later.
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state,
+                                 {k: state[k] for k in new_state})
+        bad = ~jnp.isfinite(squares)
+        metrics = {
+            "loss": nll / weight,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": weight,
+            "finite": finite,
+            "bad_leaf": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
+        }
+        return {"step": step + 1, **new_state}, metrics
+
+    return train_step
+
+
+def build_eval_step(model, objective):
+    """-> eval_step(params, batch) -> (nll_sum, weight_sum)."""
+
+    def eval_step(params, batch):
+        _, weight, aux = objective(nnx.merge(model.graph, params), batch)
+        return aux["nll"], weight
+
+    return eval_step

@@ -1,0 +1,28 @@
+"""Eight fake CPU devices, no network, one compile cache for the whole session."""
+
+import os
+import socket
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+CACHE = os.environ.setdefault("JAXLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"jaxlm-tests-{os.getuid()}"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE, "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAXLM_CACHE"] = CACHE
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Only loopback and local sockets: a test that needs the network is a defect."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
