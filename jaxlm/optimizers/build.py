@@ -1,0 +1,117 @@
+"""Optimizers. A registered one is an optax transform without learning rate, clipping or weight decay: those are added
+here, once for all, with a group of (learning-rate, weight-decay) multipliers per parameter."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.errors import UserError
+from jaxlm.models.parameter import ParamSpec
+from jaxlm.optimizers.muon import muon
+from jaxlm.registry import Registry
+
+OPTIMIZERS = Registry("optimizer", key="optimizer.name")
+
+
+class Optimizer(NamedTuple):
+    init: Any  # params -> opt_state
+    update: Any  # (grads, opt_state, params, learning_rate, weight_decay) -> (params, opt_state)
+
+
+def build_optimizer(config, specs) -> Optimizer:
+    """specs: nested dict of ParamSpec that mirrors the parameters. Decay is decoupled: p -= lr * (u + wd * p)."""
+    transform = OPTIMIZERS[config.optimizer.name](config, specs)
+    lr_scale, wd_scale = group_multipliers(config.optimizer.groups, specs)
+
+    def update(grads, opt_state, params, learning_rate, weight_decay):
+        updates, opt_state = transform.update(grads, opt_state, params)
+
+        def apply(p, u, lr, wd):
+            return (p - learning_rate * lr * (u + weight_decay * wd * p)).astype(p.dtype)
+
+        return jax.tree.map(apply, params, updates, lr_scale, wd_scale), opt_state
+
+    return Optimizer(transform.init, update)
+
+
+def group_multipliers(groups, specs):
+    """-> two trees of floats like specs. Raises UserError unless every parameter matches exactly one group's regex."""
+    problems = []
+
+    def match(path, spec):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        hits = [g for g in groups if re.fullmatch(g[0], name)]
+        if len(hits) != 1:
+            problems.append(f"optimizer.groups: parameter {name} matches {len(hits)} groups; it must match exactly one")
+        return tuple(hits[0][1:]) if hits else (1.0, 1.0)
+
+    is_spec = lambda x: isinstance(x, ParamSpec)
+    pairs = jax.tree_util.tree_map_with_path(match, specs, is_leaf=is_spec)
+    if problems:
+        raise UserError(*problems)
+    is_pair = lambda x: isinstance(x, tuple)
+    return tuple(jax.tree.map(lambda pair, i=i: float(pair[i]), pairs, is_leaf=is_pair) for i in (0, 1))
+
+
+def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTransformation:
+    """Adam (arXiv:1412.6980) with both moments stored in `dtype` (optax offers that for the first only)."""
+
+    def init(params):
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+        return {"count": jnp.zeros((), jnp.int32), "mu": zeros(), "nu": zeros()}
+
+    def update(grads, state, params=None):
+        count = state["count"] + 1
+        mu = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state["mu"], grads)
+        nu = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state["nu"], grads)
+        c1, c2 = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
+        updates = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
+        store = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+        return updates, {"count": count, "mu": store(mu), "nu": store(nu)}
+
+    return optax.GradientTransformation(init, update)
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(config, specs):
+    o = config.optimizer
+    return scale_by_adam(o.b1, o.b2, o.eps, jnp.dtype(o.moment_dtype))
+
+
+@OPTIMIZERS.register("muon")
+def muon_with_adam(config, specs):
+    o = config.optimizer
+    adam = scale_by_adam(o.b1, o.b2, o.eps, jnp.dtype(o.moment_dtype))
+    return muon(specs, adam, o.momentum, o.nesterov, o.muon_steps, o.adam_lr_ratio)
+
+
+@OPTIMIZERS.register("sgd")
+def sgd(config, specs):
+    return optax.trace(config.optimizer.momentum, config.optimizer.nesterov)
+
+
+@OPTIMIZERS.register("adafactor")
+def adafactor(config, specs):
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+@OPTIMIZERS.register("lion")
+def lion(config, specs):
+    return optax.scale_by_lion(config.optimizer.b1, config.optimizer.b2)
+
+
+def _register_adam_like(name, transform):
+    @OPTIMIZERS.register(name)
+    def build(config, specs):
+        return transform(b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
+
+
+for _name, _transform in {"nadamw": lambda **kw: optax.scale_by_adam(**kw, nesterov=True),
+                          "amsgrad": optax.scale_by_amsgrad, "adamax": optax.scale_by_adamax,
+                          "adabelief": optax.scale_by_belief, "radam": optax.scale_by_radam,
+                          "yogi": optax.scale_by_yogi, "lamb": lambda **kw: optax.chain(
+                              optax.scale_by_adam(**kw), optax.scale_by_trust_ratio())}.items():
+    _register_adam_like(_name, _transform)

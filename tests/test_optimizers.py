@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import default
+from jaxlm.errors import UserError
+from jaxlm.models.parameter import ParamSpec
+from jaxlm.optimizers.build import OPTIMIZERS, build_optimizer
+from jaxlm.optimizers.muon import orthogonalize
+from jaxlm.optimizers.schedules import SCHEDULES, build_schedule
+
+SPECS = {"embedding": ParamSpec((6, 4), jnp.float32, ("vocab", "embed"), 0, False),
+         "layers": {"up": {"kernel": ParamSpec((3, 4, 8), jnp.float32, ("layers", "embed", "mlp"), 1, True)},
+                    "norm": {"scale": ParamSpec((3, 4), jnp.float32, ("layers", None), 0, True)}}}
+
+
+def random_tree(seed):
+    leaves, tree = jax.tree.flatten(SPECS, is_leaf=lambda x: isinstance(x, ParamSpec))
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([jnp.asarray(rng.standard_normal(s.shape), jnp.float32) for s in leaves])
+
+
+def test_adamw_equals_optax():
+    config = default.get_config()
+    optimizer = build_optimizer(config, SPECS)
+    mask = {"embedding": True, "layers": {"up": {"kernel": True}, "norm": {"scale": False}}}
+    reference = optax.adamw(0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=mask)
+    ours = theirs = random_tree(0)
+    state, ref_state = optimizer.init(ours), reference.init(theirs)
+    for seed in range(1, 5):
+        grads = random_tree(seed)
+        ours, state = optimizer.update(grads, state, ours, 0.01, 0.3)
+        updates, ref_state = reference.update(grads, ref_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (3, 8, 40), (1, 40, 8)])
+def test_muon_is_nearly_orthogonal_and_follows_the_svd(shape):
+    m = np.random.default_rng(1).standard_normal(shape)
+    out = np.asarray(orthogonalize(jnp.asarray(m, jnp.float32), 5), np.float64)
+    u, s, vt = np.linalg.svd(m, full_matrices=False)
+    values = np.linalg.svd(out, compute_uv=False)
+    well_conditioned = s / np.linalg.norm(m, axis=(1, 2))[:, None] > 0.02
+    assert (values[well_conditioned] > 0.6).all() and (values < 1.3).all()
+    # same singular directions: u^T out v is diagonal
+    rotated = u.swapaxes(-1, -2) @ out @ vt.swapaxes(-1, -2)
+    off = rotated - np.eye(rotated.shape[-1]) * rotated
+    assert np.abs(off).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_every_optimizer_lowers_a_quadratic(name):
+    config = default.get_config()
+    config.optimizer.name = name
+    optimizer = build_optimizer(config, SPECS)
+    target, params = random_tree(5), random_tree(6)
+    loss = lambda p: sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True))
+    state, before = optimizer.init(params), loss(params)
+
+    @jax.jit
+    def step(params, state):
+        return optimizer.update(jax.grad(loss)(params), state, params, 0.01, 0.0)
+
+    for _ in range(30):
+        params, state = step(params, state)
+    assert loss(params) < before
+
+
+def test_each_parameter_needs_exactly_one_group():
+    config = default.get_config()
+    config.optimizer.groups = ((".*kernel", 1.0, 1.0), (".*", 1.0, 0.0))
+    with pytest.raises(UserError, match="layers/up/kernel matches 2"):
+        build_optimizer(config, SPECS)
+    config.optimizer.groups = ((".*kernel", 1.0, 1.0),)
+    with pytest.raises(UserError) as error:
+        build_optimizer(config, SPECS)
+    assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_schedules_warm_up_and_end(name):
+    config = default.get_config()
+    config.steps, config.schedule.name, config.schedule.warmup_steps = 100, name, 10
+    schedule = build_schedule(config)
+    scale = [float(schedule(jnp.int32(s))) for s in range(100)]
+    np.testing.assert_allclose(scale[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    assert all(a >= b - 1e-6 for a, b in zip(scale[10:], scale[11:], strict=False))
+    assert scale[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+
+
+def test_wsd_is_stable_until_the_decay():
+    config = default.get_config()
+    config.steps, config.schedule.name, config.schedule.warmup_steps = 101, "wsd", 0
+    config.schedule.decay_steps = "40%"
+    schedule = build_schedule(config)
+    assert float(schedule(jnp.int32(59))) == 1.0 and float(schedule(jnp.int32(70))) < 1.0

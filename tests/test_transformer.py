@@ -1,0 +1,111 @@
+"""The model: scan equals unrolled, cached equals uncached, causality and isolation by gradients, counts of presets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import default
+from jaxlm.config import load, resolve
+from jaxlm.train.state import build_model
+
+
+def tiny(**model):
+    config = default.get_config()
+    config.seq_len = 12
+    config.model.num_layers, config.model.embed_dim, config.model.num_heads = 4, 16, 2
+    config.model.update(model)
+    resolve(config)
+    return config
+
+
+def hidden(config, tokens, **inputs):
+    model = build_model(config, 32, "plain")
+    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    return jax.jit(lambda p: nnx.merge(model.graph, p).hidden(tokens, **inputs)[0])(params)
+
+
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(value_residual=True, window=3, window_pattern="LG", num_kv_heads=1, qk_norm=True),
+    dict(norm="layer", position="learned", feedforward="gelu", attention_bias=True, mlp_bias=True, block="parallel"),
+])
+def test_scan_equals_unrolled_and_remat(options):
+    reference = hidden(tiny(**options), TOKENS)
+    for change in (dict(scan_layers=True), dict(remat="full"), dict(scan_layers=True, remat="full")):
+        np.testing.assert_allclose(hidden(tiny(**options, **change), TOKENS), reference, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(num_kv_heads=1, window=4, window_pattern="LG", value_residual=True, attention_softcap=5.0),
+    dict(position="learned", scan_layers=True),
+])
+def test_cached_decoding_equals_full_pass(options):
+    config = tiny(**options)
+    model = build_model(config, 32, "plain")
+    params = jax.jit(model.init)(jax.random.key(1))
+    full = jax.jit(lambda p: nnx.merge(model.graph, p).hidden(TOKENS)[0])(params)
+
+    @jax.jit
+    def step(p, tokens, cache, index):
+        return nnx.merge(model.graph, p).hidden(tokens, cache=cache, cache_index=index)
+
+    cache = nnx.merge(model.graph, params).init_cache(2, 12)
+    x, cache = step(params, TOKENS[:, :5], cache, 0)
+    pieces = [x]
+    for t in range(5, 12):
+        x, cache = step(params, TOKENS[:, t : t + 1], cache, t)
+        pieces.append(x)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
+
+
+def attention_reach(config, segment_ids=None):
+    """(T, T) sums of |d hidden[t] / d embedding-row of token s|, by gradients and not by reading the masks."""
+    model = build_model(config, 32, "plain")
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]  # token s has a row of its own
+
+    @jax.jit
+    @jax.jacrev
+    def reach(table):
+        module = nnx.merge(model.graph, {**params, "embedding": table})
+        return jnp.sum(module.hidden(tokens, segment_ids_BT=segment_ids)[0][0], axis=-1)
+
+    return np.abs(np.asarray(reach(params["embedding"]))).sum(-1)[:, :12]
+
+
+def test_causal_by_gradients():
+    reach = attention_reach(tiny(norm="layer", norm_scale=False, position="learned"))
+    reach_sum = attention_reach(tiny(position="rope", norm="none"))
+    for matrix in (reach_sum,):
+        assert (matrix[np.triu_indices(12, 1)] == 0).all()
+        assert (matrix[np.tril_indices(12)] > 0).all()
+    assert (reach[np.triu_indices(12, 1)] == 0).all()
+
+
+def test_window_by_gradients():
+    matrix = attention_reach(tiny(num_layers=1, window=3, window_pattern="L", norm="none"))
+    t, s = np.indices((12, 12))
+    assert ((matrix > 0) == ((s <= t) & (t - s < 3))).all()
+
+
+def test_packed_documents_are_isolated_by_gradients():
+    config = tiny(norm="none")
+    config.data.isolate_documents = True
+    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+    matrix = attention_reach(config, segments)
+    assert (matrix[5:, :5] == 0).all() and (matrix[5:, 5:][np.tril_indices(7)] > 0).all()
+
+
+COUNTS = {"gpt2_124m": 124_439_808, "llama_1b": 1_235_814_400, "llama3_8b": 8_030_261_248}
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_preset_parameter_counts(preset):
+    config = load(f"configs/{preset}.py")
+    assert build_model(config, config.model.vocab_size, "plain").num_parameters == COUNTS[preset]
