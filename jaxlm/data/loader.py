@@ -1,0 +1,141 @@
+"""Batches: a pure function of (config, seed, step), made ahead of the step in the background.
+
+Host count, worker count and mesh never enter, so resuming is starting at another step.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.data.packing import NAMES, PackedRows
+from jaxlm.data.store import open_store
+from jaxlm.data.tokenizers import ByteTokenizer
+from jaxlm.errors import UserError
+
+
+class Data(NamedTuple):
+    train: Any  # Batches
+    valid: Any  # Batches, or None for synthetic data
+    tokenizer: Any
+    vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
+
+
+def build_data(config) -> Data:
+    """Raises UserError: missing or unreadable files, a split shorter than a row, a vocabulary too small."""
+    asked, multiple = config.model.vocab_size, config.model.vocab_multiple
+    if config.data.source == "synthetic":
+        vocab_size = asked or 256
+        _ = config.data.tokenizer, multiple  # bytes; nothing to round
+        rows = SyntheticRows(vocab_size, config.seq_len, config.seed)
+        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size)
+    stores, tokenizer = open_store(config)
+    problems, tokens = [], stores["train"].num_tokens
+    if tokens < (1 + config.data.jitter) * config.seq_len + 1:
+        problems.append(f"seq_len={config.seq_len}: longer than the training data ({tokens} tokens); use at most "
+                        f"{(tokens - 1) // (1 + config.data.jitter)}, or more text")
+    if stores["valid"].num_tokens < 2:
+        problems.append("data.valid_fraction: the validation split is empty; raise it, or set data.valid_path")
+    if asked and asked < tokenizer.vocab_size:
+        problems.append(f"model.vocab_size={asked}: smaller than the tokenizer's {tokenizer.vocab_size}; use 0 or at "
+                        f"least {tokenizer.vocab_size}")
+    if problems:
+        raise UserError(*problems)
+    isolate = config.data.isolate_documents
+    train = PackedRows(stores["train"], config.seq_len, isolate, pad_last=False, jitter=config.data.jitter)
+    valid = PackedRows(stores["valid"], config.seq_len, isolate, pad_last=True)
+    vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
+    return Data(Batches(config, train, config.batch_size), Batches(config, valid, config.eval.batch_size), tokenizer,
+                vocab_size)
+
+
+class SyntheticRows:
+    """Random tokens, pure in (seed, index), for benchmarks: nothing is read."""
+
+    def __init__(self, vocab_size: int, seq_len: int, seed: int):
+        self.vocab_size, self.seq_len, self.seed = vocab_size, seq_len, seed
+
+    def __len__(self) -> int:
+        return 2**20
+
+    def row(self, index: int, offset: int = 0) -> dict[str, np.ndarray]:
+        window = np.random.default_rng((self.seed, index)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
+        ones = np.ones(self.seq_len, np.int32)
+        return {"tokens": window[:-1], "targets": window[1:], "segment_ids": ones, "loss_mask": ones.astype(np.float32),
+                "positions": np.arange(self.seq_len, dtype=np.int32)}
+
+
+class Batches:
+    """`batch(step)` for training; `evaluation_batches()` for every row once, in order."""
+
+    def __init__(self, config, rows, batch_size: int):
+        import grain
+
+        self.rows, self.batch_size, self.seed = rows, batch_size, config.seed
+        self.jitter, self.prefetch = config.data.jitter, config.data.prefetch
+        self.num_bytes = rows.store.num_bytes if isinstance(rows, PackedRows) else 0
+        # Grain's shuffle is a true permutation, new in each epoch, and indexable at any point.
+        order = grain.MapDataset.range(len(rows)).seed(config.seed)
+        self.order = order.shuffle() if config.data.shuffle else order
+        self.order = self.order.repeat()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T)."""
+        first = step * self.batch_size
+        return stack([self.rows.row(int(self.order[i]), self._offset(i // len(self.rows)))
+                      for i in range(first, first + self.batch_size)])
+
+    def _offset(self, epoch: int) -> int:
+        """Tokens by which the row grid is moved in this epoch."""
+        return int(np.random.default_rng((self.seed, epoch)).integers(0, self.rows.seq_len)) if self.jitter else 0
+
+    def evaluation_batches(self, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Rows in order; the last batch is filled up with rows whose loss_mask is 0. limit: batches, 0 for all."""
+        count = -(-len(self.rows) // self.batch_size)
+        for i in range(min(count, limit) if limit else count):
+            rows = [self.rows.row(j) for j in range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows)))]
+            rows += [{name: np.zeros_like(a) for name, a in rows[0].items()}] * (self.batch_size - len(rows))
+            yield stack(rows)
+
+    def prefetched(self, start_step: int, put: Callable) -> Iterator:
+        """`put(batch(step))` for start_step, start_step + 1, ...; a thread stays `data.prefetch` batches ahead, so both
+        reading and the copy to the device happen behind the running step. Close the generator to end the thread."""
+        ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
+
+        def work():
+            step = start_step
+            while not closed.is_set():
+                try:
+                    item = put(self.batch(step))
+                except BaseException as error:  # handed to the consumer, whatever it is
+                    item = error
+                while not closed.is_set():
+                    try:
+                        ready.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if isinstance(item, BaseException):
+                    return
+                step += 1
+
+        thread = threading.Thread(target=work, name="jaxlm-data", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+
+def stack(rows: list[dict]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in NAMES}
