@@ -55,11 +55,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
-    _ = config.imports, config.observe.compile_cache  # read by the config's validation and by the command line
-    open_run_directory(workdir, full_config, allow_config_change)
-    writers = build_writers(config, workdir)
+    peak_rate, decay, seed = config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed
+    # Read elsewhere: by the validation, by the command line, by the writers.
+    _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
     if unread := config.unread(default.get_config()):
         raise UserError(*unread)
+    open_run_directory(workdir, full_config, allow_config_change)
+    writers = build_writers(config, workdir)
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
     init = build_init(config, model, optimizer)
@@ -70,7 +72,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     if checkpoints.latest() is not None:
         _, state, _ = checkpoints.restore(abstract)
     else:
-        state = jax.jit(init, out_shardings=shardings)(config.seed)
+        state = jax.jit(init, out_shardings=shardings)(seed)
         if pretrained:
             source = Checkpoints(os.path.join(pretrained, "checkpoints"), keep, 0, False, create=False)
             state["params"] = source.restore_params(abstract["params"])
@@ -80,9 +82,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     put = lambda batch: jax.device_put(batch, rows)
-    hyper = jax.device_put({"learning_rate": np.float32(config.optimizer.learning_rate),
-                            "weight_decay": np.float32(config.optimizer.weight_decay),
-                            "seed": np.int32(config.seed)}, everywhere)
+    hyper = jax.device_put({"learning_rate": np.float32(peak_rate), "weight_decay": np.float32(decay),
+                            "seed": np.int32(seed)}, everywhere)
     shape = (config.batch_size, config.seq_len)
     abstract_batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_mask" else jnp.int32, sharding=rows)
                       for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}

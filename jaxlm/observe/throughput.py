@@ -1,0 +1,64 @@
+"""How fast a run is: tokens per second, FLOPs per token, MFU against the device's published peak."""
+
+import resource
+import sys
+import time
+
+# Dense bf16 peak, FLOP/s per device, from the vendors' data sheets (never the sparse figure).
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """None for a device that is not in the table: never a guess."""
+    return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None
+
+
+def flops_per_token(config, matmul_parameters: int, seq_len: int, windows: list[int]) -> tuple[float, float]:
+    """-> (causal, PaLM convention) training FLOPs per token: 6 P + 6 (or 12) N H sum over layers of min(T, window).
+
+    matmul_parameters: P, those in matrix products, the head included, the embedding look-up not. Rematerialisation
+    never counts. PaLM convention: arXiv:2204.02311, appendix B.
+    """
+    reach = sum(min(seq_len, window) if window else seq_len for window in windows)
+    attention = 6 * config.model.num_heads * config.model.head_dim * reach
+    return 6 * matmul_parameters + attention, 6 * matmul_parameters + 2 * attention
+
+
+def peak_memory_bytes() -> int:
+    """Of the first device where it counts them, else of this process."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Clock:
+    """Rates between log lines, without the time spent in evaluation and saving."""
+
+    def __init__(self, now=time.perf_counter):
+        self.now = now
+        self.restart(0, 0)
+
+    def restart(self, step: int, tokens: int) -> None:
+        """A new interval begins: call it when the loop starts, and after each pause."""
+        self._began, self._step, self._tokens, self._waited = self.now(), step, tokens, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Time the loop stood still for data."""
+        self._waited += seconds
+
+    def lap(self, step: int, tokens: int) -> dict:
+        """Rates since the last lap or restart; None where no step was made."""
+        seconds, steps = self.now() - self._began, step - self._step
+        rates = {"tokens_per_second": (tokens - self._tokens) / seconds if steps > 0 and seconds else None,
+                 "step_seconds": seconds / steps if steps > 0 else None,
+                 "data_wait_fraction": self._waited / seconds if seconds else None}
+        self.restart(step, tokens)
+        return rates
