@@ -1,0 +1,98 @@
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.checkpoint.manager import Checkpoints
+from jaxlm.errors import UserError
+
+STATE = {"step": jnp.int32(1), "params": {"a": jnp.arange(32.0).reshape(8, 4), "b": jnp.ones(5, jnp.bfloat16) / 3},
+         "opt_state": {"mu": {"a": jnp.full((8, 4), 0.1)}}}
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
+
+
+def saved(tmp_path, steps=(1, 2), **kw):
+    checkpoints = Checkpoints(str(tmp_path / "c"), **{"keep": 2, "keep_every": 0, "keep_best": False, **kw})
+    for step in steps:
+        checkpoints.save(step, {**STATE, "step": jnp.int32(step)}, {"loss": abs(step - 3.0)}, {"note": step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_round_trip_is_bitwise_also_onto_another_mesh(tmp_path):
+    checkpoints = saved(tmp_path)
+    step, state, meta = checkpoints.restore(abstract(STATE))
+    assert step == 2 and int(state["step"]) == 2 and meta["note"] == 2
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    other = checkpoints.restore(abstract(STATE, replicated))[1]
+    for tree in (state, other):
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), tree["params"], STATE["params"])
+    params = checkpoints.restore_params(abstract(STATE["params"]))
+    np.testing.assert_array_equal(params["b"], STATE["params"]["b"])
+
+
+def test_retention(tmp_path):
+    checkpoints = saved(tmp_path, steps=range(1, 8), keep_every=2, keep_best=True)
+    assert checkpoints.steps() == [2, 3, 4, 6, 7]
+
+
+def test_another_model_is_refused(tmp_path):
+    checkpoints = saved(tmp_path)
+    wrong = abstract({**STATE, "params": {"a": jnp.zeros((8, 5)), "c": jnp.zeros(3)}})
+    with pytest.raises(UserError, match="params/c is missing") as error:
+        checkpoints.restore(wrong)
+    assert "params/b is not in this model" in str(error.value) and "another --workdir" in str(error.value)
+    cast = abstract({**STATE, "params": {**STATE["params"], "a": jnp.zeros((8, 4), jnp.bfloat16)}})
+    with pytest.raises(UserError, match="float32"):
+        checkpoints.restore(cast)
+
+
+def damage(folder, how):
+    files = sorted((f for f in folder.rglob("*") if f.is_file() and f.parent.name == "d"), key=lambda f: f.stat().st_size)
+    if how == "delete":
+        for f in files:
+            f.unlink()
+        return
+    changed = 0
+    for f in files:  # Orbax compresses small arrays, so flip a bit in the middle of each data file
+        raw = bytearray(f.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        f.write_bytes(bytes(raw))
+        changed += 1
+    assert changed
+
+
+@pytest.mark.parametrize("how", ["flip", "delete"])
+def test_damaged_newest_is_kept_aside_and_the_one_before_used(tmp_path, capsys, how):
+    checkpoints = saved(tmp_path)
+    damage(tmp_path / "c" / "2", how)
+    step, state, _ = checkpoints.restore(abstract(STATE))
+    assert step == 1 and "checkpoint 2 is damaged" in capsys.readouterr().err
+    assert (tmp_path / "c_damaged" / "2").is_dir() and checkpoints.steps() == [1]
+    np.testing.assert_array_equal(state["params"]["a"], STATE["params"]["a"])
+
+
+def test_wrong_numbers_without_any_error_from_orbax_are_found(tmp_path):
+    checkpoints = saved(tmp_path)
+    meta = pathlib.Path(tmp_path, "c", "2", "meta", "metadata")
+    text = meta.read_text()
+    import json
+
+    stored = json.loads(text)
+    stored["leaves"]["params/a"]["fingerprint"] ^= 1
+    meta.write_text(json.dumps(stored))
+    assert checkpoints.restore(abstract(STATE))[0] == 1
+
+
+def test_nothing_left(tmp_path):
+    checkpoints = saved(tmp_path, steps=(1,))
+    damage(tmp_path / "c" / "1", "delete")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoints.restore(abstract(STATE))

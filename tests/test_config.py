@@ -1,0 +1,75 @@
+import pathlib
+
+import pytest
+
+from configs import default
+from jaxlm.config import Tracked, apply_overrides, diff, fingerprint, flatten, load, resolve, steps_of, validate
+from jaxlm.errors import UserError
+
+PRESETS = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads_and_has_debug(preset):
+    load(preset)
+    debug = load(preset + ":debug")
+    assert (debug.model.num_layers, debug.steps, debug.data.source) == (2, 10, "synthetic")
+
+
+def problems(*overrides, config="configs/shakespeare.py"):
+    with pytest.raises(UserError) as error:
+        load(config, [f"--config.{o}" for o in overrides])
+    return error.value.problems
+
+
+def test_all_problems_at_once_with_suggestions():
+    found = problems("optimizer.learning_rat=1", "model.nlayers=3", "steps=abc")
+    assert len(found) == 3
+    assert "did you mean optimizer.learning_rate?" in found[0] and "wrong type" in found[2]
+    found = problems("batch_size=30", "grad_accum_steps=4", "model.block=seril", "model.dropout=1.5")
+    assert any("batch_size=30 is not divisible" in p for p in found) and any("serial" in p for p in found)
+    assert len(found) == 3
+    assert "no such file; did you mean configs/shakespeare.py" in problems(config="configs/shakespear.py")[0]
+
+
+def test_values_are_parsed_by_the_type_of_the_default():
+    c = default.get_config()
+    c.lock()
+    apply_overrides(c, ["--config.steps=1e3", "--config.optimizer.learning_rate=1", "--config.data.path=7",
+                        "--config.data.shuffle=False", "--config.schedule.warmup_steps=5%"])
+    assert (c.steps, c.optimizer.learning_rate, c.data.path, c.data.shuffle) == (1000, 1.0, "7", False)
+    assert steps_of(c.schedule.warmup_steps, c, "k") == 50
+    assert steps_of("1M tokens", c, "k") == round(1e6 / (32 * 256)) and steps_of(7, c, "k") == 7
+    with pytest.raises(UserError, match="5 apples"):
+        steps_of("5 apples", c, "k")
+
+
+def test_unread_keys_that_were_set_are_named():
+    c = default.get_config()
+    c.optimizer.momentum = 0.5
+    tracked = Tracked(c)
+    assert any("optimizer.momentum" in line for line in tracked.unread(default.get_config()))
+    assert tracked.optimizer.momentum == 0.5
+    assert tracked.unread(default.get_config()) == []
+
+
+def test_identity_leaves_out_paths_and_logging():
+    a, b = default.get_config(), default.get_config()
+    b.observe.log_every, b.checkpoint.keep = 3, 9
+    assert fingerprint(a) == fingerprint(b) and diff(a, b) == []
+    b.seed = 1
+    assert fingerprint(a) != fingerprint(b) and diff(a, b) == ["seed: 0 -> 1"]
+
+
+def test_default_config_is_valid_and_every_key_has_a_reader():
+    c = default.get_config()
+    resolve(c)
+    validate(c)
+    source = "".join(p.read_text() for p in pathlib.Path("jaxlm").rglob("*.py"))
+    unread = [key for key in flatten(c) if f".{key.rsplit('.', 1)[-1]}" not in source and not key.startswith("mesh.")]
+    assert unread == []
+
+
+def test_no_get_on_configs():
+    for file in pathlib.Path("jaxlm").rglob("*.py"):
+        assert "config.get(" not in file.read_text(), file
