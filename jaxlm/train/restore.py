@@ -22,7 +22,6 @@ class Run(NamedTuple):
 def config_of_run(workdir: str, overrides=()) -> ConfigDict:
     """The config stored in `workdir`, on top of today's defaults. Raises UserError if there is none."""
     from configs import default
-
     from jaxlm.config import apply_overrides, validate
 
     file = pathlib.Path(workdir, "config.json")

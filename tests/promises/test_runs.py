@@ -1,0 +1,150 @@
+"""What the README promises of a run, each shown by running the command."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+ENV = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "HTTPS_PROXY": "http://127.0.0.1:9",
+       "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
+SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_size=4", "--config.seq_len=16",
+         "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
+         "--config.model.dropout=0.1", "--config.data.tokenizer=char", "--config.eval.batches=2",
+         "--config.eval.sample_tokens=5", "--config.checkpoint.every_steps=4", "--config.checkpoint.keep=5",
+         "--config.eval.every_steps=4", "--config.observe.log_every=1"]
+
+
+def jaxlm(*args, **kw):
+    return subprocess.run([sys.executable, "-m", "jaxlm.cli", *args], capture_output=True, text=True, env=ENV,
+                          timeout=300, **kw)
+
+
+def train(workdir, *args):
+    return jaxlm("train", f"--workdir={workdir}", *SMALL, *args)
+
+
+def losses(workdir):
+    lines = [json.loads(x) for x in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    return [(x["step"], x["split"], x["loss"]) for x in lines]
+
+
+def arrays(workdir, step):
+    import orbax.checkpoint as ocp
+
+    tree = ocp.PyTreeCheckpointer().restore(pathlib.Path(workdir, "checkpoints", str(step), "state").absolute())
+    return jax.tree.leaves(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "a"
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "report.html", "samples.jsonl", "checkpoints/8"):
+        assert (finished / name).exists(), name
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"], summary["steps"], summary["tokens"]) == ("completed", 0, 8, 512)
+    line = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"split", "step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+                         "step_seconds", "mfu_palm", "data_wait_fraction", "elapsed_seconds"}
+    assert line["mfu"] is None  # an unknown device is never guessed
+
+
+def test_rerun_is_bitwise(finished, tmp_path):
+    assert train(tmp_path / "b").returncode == 0
+    assert losses(finished) == losses(tmp_path / "b")
+    for a, b in zip(arrays(finished, 8), arrays(tmp_path / "b", 8), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_stop_and_resume_is_bitwise(finished, tmp_path):
+    """A run killed after its first checkpoint, gone on with by the same command: parameters, optimizer, metrics."""
+    workdir = tmp_path / "c"
+    import shutil
+
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    (workdir / "summary.json").unlink()
+    result = train(workdir)
+    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
+    assert losses(finished) == losses(workdir)
+    for a, b in zip(arrays(finished, 8), arrays(workdir, 8), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(tmp_path, number):
+    args = [sys.executable, "-m", "jaxlm.cli", "train", f"--workdir={tmp_path / 'd'}", *SMALL, "--config.steps=3000",
+            "--config.checkpoint.every_steps=0", "--config.eval.every_steps=0"]
+    process = subprocess.Popen(args, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "d" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75 and "run the same command again" in err
+    saved = [int(p.name) for p in (tmp_path / "d" / "checkpoints").iterdir() if p.name.isdigit()]
+    summary = json.loads((tmp_path / "d" / "summary.json").read_text())
+    assert saved == [summary["steps"]] and summary["status"] == "preempted"
+
+
+def test_a_changed_config_is_refused_with_the_diff(finished):
+    before = (finished / "config.json").read_text()
+    result = train(finished, "--config.seed=7")
+    assert result.returncode == 2 and "seed: 0 -> 7" in result.stderr and "--allow_config_change" in result.stderr
+    assert (finished / "config.json").read_text() == before
+
+
+def test_divergence_exits_3_and_names_the_tensor(tmp_path):
+    result = train(tmp_path / "e", "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30",
+                   "--config.optimizer.clip_norm=0.0", "--config.optimizer.groups=(('.*', 1.0, 0.0),)")
+    assert result.returncode == 3 and "non-finite value" in result.stderr, result.stderr
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_every_verb_runs_and_its_help_fits_a_screen(finished):
+    result = jaxlm("eval", f"--workdir={finished}", "--json")
+    assert result.returncode == 0, result.stderr
+    assert {"loss", "perplexity", "bits_per_byte", "step"} <= set(json.loads(result.stdout))
+    generate = ["generate", f"--workdir={finished}", "--prompt=KING", "--tokens=40", "--seed=3"]
+    first, second = jaxlm(*generate), jaxlm(*generate)
+    assert first.returncode == 0 and first.stdout == second.stdout and len(first.stdout) == 45, first.stderr
+    assert jaxlm("report", f"--workdir={finished}").returncode == 0
+    assert "self-test passed" in jaxlm("doctor").stdout
+    for verb in ("train", "eval", "generate", "report", "doctor"):
+        text = jaxlm(verb, "--help").stdout
+        assert 3 < text.count("\n") <= 40, verb
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--config.data.path=none.txt"], "none.txt: no such file"),
+    (["--config.seq_len=2000000"], "longer than the training data"),
+    (["--config.model.vocab_size=5"], "smaller than the tokenizer's 65"),
+    (["--config.modle.x=1"], "unknown key"),
+    (["--config.optimizer.b2=0.5", "--config.optimizer.name=sgd"], "nothing in this run reads it"),
+])
+def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, args, message):
+    result = train(tmp_path / "f", *args)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "f").exists()
+
+
+def test_an_unwritable_workdir_and_a_missing_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = train(tmp_path / "file" / "x")
+    assert result.returncode == 2 and "cannot be written" in result.stderr, result.stderr
+    assert "no config.json there" in jaxlm("eval", f"--workdir={tmp_path / 'nothing'}").stderr
