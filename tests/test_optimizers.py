@@ -57,7 +57,8 @@ def test_every_optimizer_lowers_a_quadratic(name):
     config.optimizer.name = name
     optimizer = build_optimizer(config, SPECS)
     target, params = random_tree(5), random_tree(6)
-    loss = lambda p: sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True))
+    leaves = jax.tree.leaves
+    loss = lambda p: sum(jnp.sum((a - b) ** 2) for a, b in zip(leaves(p), leaves(target), strict=True))
     state, before = optimizer.init(params), loss(params)
 
     @jax.jit
@@ -80,6 +81,55 @@ def test_each_parameter_needs_exactly_one_group():
     assert len(error.value.problems) == 2
 
 
+def test_a_malformed_group_is_a_user_error():
+    config = default.get_config()
+    config.optimizer.groups = (("(", 1.0, 1.0), (".*", 1.0))
+    with pytest.raises(UserError) as error:
+        build_optimizer(config, SPECS)
+    assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_one_layer_does_not_move_another(name):
+    config = default.get_config()
+    config.optimizer.name = name
+    optimizer = build_optimizer(config, SPECS)
+
+    def first_layer(factor):
+        params = random_tree(0)
+        params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1].multiply(factor)
+        state = optimizer.init(params)
+        for seed in range(1, 4):
+            grads = random_tree(seed)
+            grads["layers"]["up"]["kernel"] = grads["layers"]["up"]["kernel"].at[1].multiply(factor**seed)
+            params, state = optimizer.update(grads, state, params, 0.01, 0.0)
+        return params["layers"]["up"]["kernel"][0]
+
+    np.testing.assert_allclose(first_layer(10.0), first_layer(1.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
+def test_state_as_large_as_a_parameter_is_found_by_its_path(name):
+    """`state_shardings` recognises moments by the end of their path; another key would leave them replicated."""
+    config = default.get_config()
+    config.optimizer.name = name
+    state = build_optimizer(config, SPECS).init(random_tree(0))
+    shapes = {"embedding": (6, 4), "layers/up/kernel": (3, 4, 8), "layers/norm/scale": (3, 4)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.ndim < 2 or any(path.endswith("/" + n) and leaf.shape == s for n, s in shapes.items()), path
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (3, 8, 40), (1, 40, 8)])
+def test_orthogonalize_equals_float64(shape):
+    m = np.random.default_rng(2).standard_normal(shape)
+    x = m / np.linalg.norm(m, axis=(1, 2), keepdims=True)
+    for _ in range(5):
+        gram = x @ x.swapaxes(1, 2)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    np.testing.assert_allclose(orthogonalize(jnp.asarray(m, jnp.float32), 5), x, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_schedules_warm_up_and_end(name):
     config = default.get_config()
@@ -89,6 +139,9 @@ def test_schedules_warm_up_and_end(name):
     np.testing.assert_allclose(scale[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert all(a >= b - 1e-6 for a, b in zip(scale[10:], scale[11:], strict=False))
     assert scale[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+    config.schedule.final_fraction = 0.0
+    last = float(build_schedule(config)(jnp.int32(99)))
+    assert last == pytest.approx(1.0 if name == "constant" else 0.0, abs=1e-6)
 
 
 def test_wsd_is_stable_until_the_decay():

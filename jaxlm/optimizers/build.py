@@ -40,6 +40,16 @@ def build_optimizer(config, specs) -> Optimizer:
 def group_multipliers(groups, specs):
     """-> two trees of floats like specs. Raises UserError unless every parameter matches exactly one group's regex."""
     problems = []
+    for group in groups:
+        try:
+            re.compile(group[0])
+            ok = len(group) == 3
+        except (re.error, TypeError, IndexError):
+            ok = False
+        if not ok:
+            problems.append(f"optimizer.groups: {group!r} is not (regex, learning-rate multiplier, decay multiplier)")
+    if problems:
+        raise UserError(*problems)
 
     def match(path, spec):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -64,6 +74,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTran
         return {"count": jnp.zeros((), jnp.int32), "mu": zeros(), "nu": zeros()}
 
     def update(grads, state, params=None):
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # bfloat16 squares would lose the second moment
         count = state["count"] + 1
         mu = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state["mu"], grads)
         nu = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state["nu"], grads)
@@ -71,6 +82,34 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTran
         updates = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
         store = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
         return updates, {"count": count, "mu": store(mu), "nu": store(nu)}
+
+    return optax.GradientTransformation(init, update)
+
+
+def per_layer(specs, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For a transform with a norm of each parameter (a trust ratio, an RMS clip): each layer of a stacked leaf is its
+    own parameter. State is keyed by parameter path, by which it is sharded like its parameter."""
+    with_paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
+    stacked = [spec.stacked for _, spec in with_paths]
+
+    def split(values):
+        pairs = list(zip(names, tree.flatten_up_to(values), stacked, strict=True))
+        of = lambda wanted: {n: v for n, v, is_stacked in pairs if is_stacked == wanted}
+        return of(True), of(False)
+
+    def init(params):
+        layers, others = split(params)
+        return {"layers": jax.vmap(transform.init)(layers) if layers else (), "others": transform.init(others)}
+
+    def update(grads, state, params=None):
+        (layer_grads, other_grads), (layer_params, other_params) = split(grads), split(params)
+        out, others_state = transform.update(other_grads, state["others"], other_params)
+        layers_state = state["layers"]
+        if layer_grads:
+            layer_out, layers_state = jax.vmap(transform.update)(layer_grads, layers_state, layer_params)
+            out = {**out, **layer_out}
+        return tree.unflatten([out[n] for n in names]), {"layers": layers_state, "others": others_state}
 
     return optax.GradientTransformation(init, update)
 
@@ -85,22 +124,30 @@ def adamw(config, specs):
 def muon_with_adam(config, specs):
     o = config.optimizer
     adam = scale_by_adam(o.b1, o.b2, o.eps, jnp.dtype(o.moment_dtype))
-    return muon(specs, adam, o.momentum, o.nesterov, o.muon_steps, o.adam_lr_ratio)
+    return muon(specs, adam, o.momentum, o.nesterov, o.muon_steps, o.adam_lr_ratio, jnp.dtype(o.moment_dtype))
 
 
 @OPTIMIZERS.register("sgd")
 def sgd(config, specs):
-    return optax.trace(config.optimizer.momentum, config.optimizer.nesterov)
+    o = config.optimizer
+    return optax.trace(o.momentum, o.nesterov, jnp.dtype(o.moment_dtype))
 
 
 @OPTIMIZERS.register("adafactor")
 def adafactor(config, specs):
-    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return per_layer(specs, optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
 
 
 @OPTIMIZERS.register("lion")
 def lion(config, specs):
-    return optax.scale_by_lion(config.optimizer.b1, config.optimizer.b2)
+    o = config.optimizer
+    return optax.scale_by_lion(o.b1, o.b2, jnp.dtype(o.moment_dtype))
+
+
+@OPTIMIZERS.register("lamb")
+def lamb(config, specs):
+    o = config.optimizer
+    return per_layer(specs, optax.chain(optax.scale_by_adam(o.b1, o.b2, o.eps), optax.scale_by_trust_ratio()))
 
 
 def _register_adam_like(name, transform):
@@ -112,6 +159,5 @@ def _register_adam_like(name, transform):
 for _name, _transform in {"nadamw": lambda **kw: optax.scale_by_adam(**kw, nesterov=True),
                           "amsgrad": optax.scale_by_amsgrad, "adamax": optax.scale_by_adamax,
                           "adabelief": optax.scale_by_belief, "radam": optax.scale_by_radam,
-                          "yogi": optax.scale_by_yogi, "lamb": lambda **kw: optax.chain(
-                              optax.scale_by_adam(**kw), optax.scale_by_trust_ratio())}.items():
+                          "yogi": optax.scale_by_yogi}.items():
     _register_adam_like(_name, _transform)

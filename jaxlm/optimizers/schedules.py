@@ -41,9 +41,11 @@ def cosine(config):
 
 @SCHEDULES.register("inverse_sqrt")
 def inverse_sqrt(config):
-    """1/sqrt(progress), scaled to run from 1 to final_fraction (0.1 at least, where final_fraction is 0)."""
-    final = max(config.schedule.final_fraction, 0.1)
-    return lambda progress: 1 / jnp.sqrt(1 + progress * (final**-2 - 1))
+    """1/sqrt(progress), from 1 to final_fraction; below 0.1, the curve that ends at 0.1 is stretched down to it."""
+    final = config.schedule.final_fraction
+    floor = max(final, 0.1)
+    stretch = (1 - final) / (1 - floor) if final < floor else 1.0
+    return lambda progress: 1 - stretch * (1 - 1 / jnp.sqrt(1 + progress * (floor**-2 - 1)))
 
 
 @SCHEDULES.register("wsd")
