@@ -11,7 +11,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--fg:#e6e8eb;--bg:#14161a;--dim:#969da6;--line:#2c3037;--card:#1c1f25;--a:#6ea0ff;--b:#ffa04d}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:1080px;padding:28px 22px;color:var(--fg);background:var(--bg);
 font:15px/1.5 system-ui,sans-serif}h1{font-size:24px;margin:0 0 2px}h2{font-size:17px;margin:30px 0 10px}
-.dim{color:var(--dim)}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:18px 0}
+.dim{color:var(--dim)}.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(125px,1fr));gap:10px;margin:18px 0}
 .tile{background:var(--card);border-radius:8px;padding:10px 14px}.tile b{display:block;font-size:21px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(460px,1fr));gap:14px}.charts>div:first-child{grid-column:1/-1}
 svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fill:var(--dim);font-size:11px}
@@ -114,7 +114,7 @@ def chart(title: str, points, valid=(), wide=False, smooth=True) -> str:
     parts = [title]
     for y in ticks(low, high):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 60}" y1="{sy(y):.1f}" y2="{sy(y):.1f}"/>'
-                     f'<text x="{left - 6}" y="{sy(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+                     f'<text x="{left - 6}" y="{sy(y) + 4:.1f}" text-anchor="end">{number_of(y)}</text>')
     for x in ticks(x0, x1):
         parts.append(f'<text x="{sx(x):.1f}" y="{height - 8}" text-anchor="middle">{x:,.0f}</text>')
     parts.append(f'<path class="{"raw" if smooth else "smooth"}" fill="none" d="{path(points)}"/>')
@@ -127,6 +127,10 @@ def chart(title: str, points, valid=(), wide=False, smooth=True) -> str:
         parts.append(f'<text class="label" x="{sx(x) + 7:.1f}" y="{sy(y) + 4:.1f}">{y:.4f}</text>')
         parts.append(f'<text x="{width - 70}" y="20" text-anchor="end">blue: train · orange: validation</text>')
     return f'<div><svg viewBox="0 0 {width} {height}">{"".join(parts)}</svg></div>'
+
+
+def number_of(y: float) -> str:
+    return f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.3g}"
 
 
 def ticks(low: float, high: float) -> list[float]:

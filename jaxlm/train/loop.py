@@ -26,7 +26,7 @@ from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.mesh import batch_sharding, build_mesh, replicated
-from jaxlm.train.rundir import open_run_directory, write_json
+from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_eval_step, build_train_step
 
@@ -69,6 +69,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     shardings = state_shardings(mesh, model, abstract)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
+    if checkpoints.latest() == steps and (done := completed_summary(workdir)):
+        return done
     if checkpoints.latest() is not None:
         _, state, _ = checkpoints.restore(abstract)
     else:

@@ -41,6 +41,13 @@ def open_run_directory(workdir: str, config, allow_config_change: bool) -> None:
                         "directory") from error
 
 
+def completed_summary(workdir: str) -> dict | None:
+    """summary.json of a run that is done: running its command again changes nothing."""
+    file = pathlib.Path(workdir, "summary.json")
+    summary = json.loads(file.read_text()) if file.exists() else None
+    return summary if summary and summary["status"] == "completed" else None
+
+
 def write_json(file, value) -> None:
     temporary = f"{file}.tmp{os.getpid()}"
     with open(temporary, "w") as out:

@@ -61,6 +61,12 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert line["mfu"] is None  # an unknown device is never guessed
 
 
+def test_a_finished_run_is_left_as_it_is(finished):
+    before = (finished / "summary.json").read_text(), losses(finished)
+    assert train(finished).returncode == 0
+    assert before == ((finished / "summary.json").read_text(), losses(finished))
+
+
 def test_rerun_is_bitwise(finished, tmp_path):
     assert train(tmp_path / "b").returncode == 0
     assert losses(finished) == losses(tmp_path / "b")
