@@ -1,4 +1,9 @@
+import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +88,6 @@ def test_wrong_numbers_without_any_error_from_orbax_are_found(tmp_path):
     checkpoints = saved(tmp_path)
     meta = pathlib.Path(tmp_path, "c", "2", "meta", "metadata")
     text = meta.read_text()
-    import json
-
     stored = json.loads(text)
     stored["leaves"]["params/a"]["fingerprint"] ^= 1
     meta.write_text(json.dumps(stored))
@@ -96,3 +99,24 @@ def test_nothing_left(tmp_path):
     damage(tmp_path / "c" / "1", "delete")
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoints.restore(abstract(STATE))
+
+
+def test_a_kill_during_a_save_leaves_the_last_good_one(tmp_path):
+    script = f"""
+import os, signal, jax.numpy as jnp
+from jaxlm.checkpoint.manager import Checkpoints
+state = {{"params": {{"a": jnp.ones((3000, 1000))}}}}
+checkpoints = Checkpoints({str(tmp_path / "c")!r}, 3, 0, False)
+checkpoints.save(1, state, None, {{}})
+checkpoints.wait()
+checkpoints.save(2, state, None, {{}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=120).returncode == -signal.SIGKILL
+    checkpoints = Checkpoints(str(tmp_path / "c"), 3, 0, False)
+    step, state, _ = checkpoints.restore(abstract({"params": {"a": jnp.ones((3000, 1000))}}))
+    assert step in (1, 2) and (np.asarray(state["params"]["a"]) == 1).all()
+    checkpoints.save(2, state, None, {})
+    checkpoints.wait()
+    assert checkpoints.latest() == 2
