@@ -37,3 +37,11 @@ def save(name: str, result: dict) -> None:
     file.write_text(json.dumps(out, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     print(f"written to {file}")
+
+
+if __name__ == "__main__":  # python benchmarks/record.py NAME WORKDIR: keep the summary of a finished run
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python benchmarks/record.py NAME WORKDIR")
+    folder = pathlib.Path(sys.argv[2])
+    save(sys.argv[1], {"summary": json.loads((folder / "summary.json").read_text()),
+                       "config": json.loads((folder / "config.json").read_text())["config"]})
