@@ -120,3 +120,52 @@ os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.save(2, state, None, {})
     checkpoints.wait()
     assert checkpoints.latest() == 2
+
+
+def test_a_reader_leaves_a_live_run_alone(tmp_path, capsys):
+    saved(tmp_path)
+    damage(tmp_path / "c" / "2", "delete")  # as a save that is still being written looks
+    unfinished = tmp_path / "c" / "3.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    reader = Checkpoints(str(tmp_path / "c"), 2, 0, False, create=False)
+    reader.restore_params(abstract(STATE["params"]))
+    assert "left where it is" in capsys.readouterr().err
+    assert unfinished.is_dir() and reader.steps() == [1, 2] and not (tmp_path / "c_damaged").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("x"), ValueError("RESOURCE_EXHAUSTED: out of memory")])
+def test_trouble_of_the_machine_is_not_damage(tmp_path, monkeypatch, error):
+    checkpoints = saved(tmp_path)
+    monkeypatch.setattr(Checkpoints, "_read", lambda *a, **k: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        checkpoints.restore(abstract(STATE))
+    assert checkpoints.steps() == [1, 2] and not (tmp_path / "c_damaged").exists()
+
+
+def test_nothing_is_moved_when_none_is_whole(tmp_path):
+    checkpoints = saved(tmp_path)
+    for step in ("1", "2"):
+        damage(tmp_path / "c" / step, "delete")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoints.restore(abstract(STATE))
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_best_is_kept_across_a_restart_and_only_evaluated_steps_can_be_best(tmp_path):
+    checkpoints = saved(tmp_path, steps=(1,), keep=1, keep_best=True)
+    checkpoints.save(2, STATE, {"loss": 0.5}, {})
+    checkpoints.wait()
+    checkpoints.close()
+    again = Checkpoints(str(tmp_path / "c"), 1, 0, True)
+    for step, metrics in ((3, None), (4, {"loss": 0.9}), (5, None), (6, None)):
+        again.save(step, STATE, metrics, {})
+        again.wait()
+    assert again.steps() == [2, 6]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    checkpoints = saved(tmp_path)
+    monkeypatch.setattr(checkpoints.manager, "wait_until_finished", lambda: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match="free space"):
+        checkpoints.wait()

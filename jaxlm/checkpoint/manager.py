@@ -5,6 +5,7 @@ checkpoint carries, per leaf, its shape, dtype and a fingerprint that does not d
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -24,12 +25,12 @@ class Checkpoints:
     Args:
         keep: newest checkpoints kept; keep_every: also keep each multiple of it (0: none); keep_best: also the one with
             the lowest metrics["loss"].
-        create: make the directory; False to open another run's.
+        create: make the directory and own it; False to read a run that may still be training: nothing is moved or removed.
     """
 
     def __init__(self, directory: str, keep: int, keep_every: int, keep_best: bool, create: bool = True):
         self.directory = pathlib.Path(os.path.abspath(directory)) if "://" not in directory else directory
-        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
+        self.keep, self.keep_every, self.keep_best, self.create = keep, keep_every, keep_best, create
         if create:
             try:
                 os.makedirs(self.directory, exist_ok=True)
@@ -49,10 +50,14 @@ class Checkpoints:
             if self.keep_every:
                 policies.append(policy.EveryNSteps(self.keep_every))
             if self.keep_best:
-                policies.append(policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1))
+                # A checkpoint without an evaluation cannot be the best: it is left to the other rules.
+                policies.append(policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1,
+                                             keep_checkpoints_without_metrics=False))
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(policies), create=False, cleanup_tmp_directories=True,
-                enable_async_checkpointing=True)
+                preservation_policy=policy.AnyPreservationPolicy(policies), create=False,
+                cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
+                best_fn=(lambda m: m["loss"]) if self.keep_best else None,  # Orbax stores metrics only where this is set
+                best_mode="min", enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -75,16 +80,16 @@ class Checkpoints:
         try:
             self.manager.save(step, metrics=metrics and {"loss": float(metrics["loss"])}, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, "leaves": leaves})))
-        except OSError as error:
-            raise self._unwritable(error) from error
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from None
 
     def wait(self) -> None:
         """Until all saves are on disk."""
         if self._manager is not None:
             try:
                 self._manager.wait_until_finished()
-            except OSError as error:
-                raise self._unwritable(error) from error
+            except (OSError, ValueError) as error:
+                raise self._unwritable(error) from None
 
     def close(self) -> None:
         if self._manager is not None:
@@ -94,9 +99,9 @@ class Checkpoints:
     def restore(self, abstract_state):
         """-> (step, state, meta) of the newest checkpoint that is whole.
 
-        abstract_state: tree of ShapeDtypeStruct with shardings, of any mesh. A damaged checkpoint is named, moved to
-        `checkpoints_damaged/` beside the directory, and the one before it used. Raises UserError if it belongs to
-        another model, or if none is whole.
+        abstract_state: tree of ShapeDtypeStruct with shardings, of any mesh. A damaged checkpoint is named and, if this
+        object owns the directory, moved to `checkpoints_damaged/` beside it; the one before it is used.
+        Raises UserError if it belongs to another model, or if none is whole.
         """
         return self._newest_whole(lambda step, leaves: self._read(step, leaves, abstract_state, partial=False))
 
@@ -106,21 +111,34 @@ class Checkpoints:
         return self._newest_whole(read)[1][name]
 
     def _newest_whole(self, read):
+        damaged = []  # (step, reason); moved only once an older one is known to be whole
         for step in reversed(self.steps()):
             try:
-                meta = json.loads(next((pathlib.Path(self.directory) / str(step) / "meta").glob("metadata")).read_text())
-                return step, read(step, meta["leaves"]), meta
+                meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
+                found = step, read(step, meta["leaves"]), meta
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                aside = pathlib.Path(str(self.directory) + "_damaged") / str(step)
-                self.close()
-                aside.parent.mkdir(exist_ok=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.move(pathlib.Path(self.directory) / str(step), aside)
-                print(f"jaxlm: checkpoint {step} is damaged ({reason}); moved to {aside}", file=sys.stderr)
-        raise UserError(f"{self.directory}: no whole checkpoint is left; start again with another --workdir")
+                if isinstance(error, MemoryError | ImportError | PermissionError) or is_exhausted(error):
+                    raise  # this machine's trouble, not the checkpoint's
+                damaged.append((step, str(error).splitlines()[0][:200] if str(error) else type(error).__name__))
+                continue
+            for bad, reason in damaged:
+                where = f"moved to {self._move_aside(bad)}" if self.create else "left where it is"
+                print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
+            return found
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged)
+        raise UserError(f"{self.directory}: no whole checkpoint is left ({reasons}); start again with another --workdir")
+
+    def _move_aside(self, step: int) -> pathlib.Path:
+        """To `<directory>_damaged/`, under a name of its own: an earlier damaged copy of the step is kept too."""
+        self.close()  # the manager remembers the steps it has seen
+        parent = pathlib.Path(str(self.directory) + "_damaged")
+        parent.mkdir(exist_ok=True)
+        names = (f"{step}.{i}" if i else str(step) for i in itertools.count())
+        aside = next(parent / name for name in names if not (parent / name).exists())
+        shutil.move(pathlib.Path(self.directory) / str(step), aside)
+        return aside
 
     def _read(self, step, leaves, abstract, partial: bool):
         import orbax.checkpoint as ocp
@@ -145,9 +163,18 @@ class Checkpoints:
             raise UserError(f"{self.directory}/{step}: belongs to another model: {'; '.join(problems[:3])}{more}; "
                             "use another --workdir, or the config it was trained with")
 
-    def _unwritable(self, error) -> UserError:
-        return UserError(f"{self.directory}: saving failed ({error.strerror or error}); free space or choose another "
-                         "--workdir, then run the same command again")
+    def _unwritable(self, error) -> Exception:
+        """The UserError for a disk that cannot take the save; any other error as it is."""
+        if not isinstance(error, OSError) and not is_exhausted(error):
+            return error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+        return UserError(f"{self.directory}: saving failed ({reason}); free space or choose another --workdir, then run "
+                         "the same command again")
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Out of memory or disk; Orbax's storage layer says so in a ValueError's text."""
+    return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "No space left"))
 
 
 def describe(tree, prints=None) -> dict:

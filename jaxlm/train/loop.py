@@ -137,8 +137,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             writers.text(step, prompt, text)
             progress.sample(text)
 
-    def save(step):
-        checkpoints.save(step, state, totals["valid"] or None, {"fingerprint": fingerprint(full_config), "step": step})
+    def save(step, evaluated):
+        metrics = totals["valid"] if evaluated and totals["valid"] else None
+        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step})
 
     def finish(status, exit_code, step):
         checkpoints.wait()
@@ -221,7 +222,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                             run_evaluation(step)
                     if due_save or stop.received:
                         with jax.transfer_guard("allow"):
-                            save(step)
+                            save(step, evaluated=due_eval)  # never with an older step's loss
                     clock.restart(step, totals["tokens"])
                 if stop.received and step < steps:
                     finish("preempted", 75, step)

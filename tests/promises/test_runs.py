@@ -75,7 +75,7 @@ def test_rerun_is_bitwise(finished, tmp_path):
 
 
 def test_stop_and_resume_is_bitwise(finished, tmp_path):
-    """A run killed after its first checkpoint, gone on with by the same command: parameters, optimizer, metrics."""
+    """What a run stopped at step 4 leaves (the finished one less all later saves), gone on with by the same command."""
     workdir = tmp_path / "c"
     import shutil
 
