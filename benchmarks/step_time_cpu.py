@@ -24,6 +24,7 @@ def jaxlm_arm(s):
 
     from configs import default
     from jaxlm.config import resolve
+    from jaxlm.kernels.attention import choose_backend
     from jaxlm.objectives.next_token import build_objective
     from jaxlm.optimizers.build import build_optimizer
     from jaxlm.optimizers.schedules import build_schedule
@@ -36,7 +37,7 @@ def jaxlm_arm(s):
     c.model.mlp_dim, c.model.tie_embeddings = s["mlp"], s["tied"]
     c.model.feedforward = "swiglu" if s["gated"] else "gelu"
     resolve(c)
-    model = build_model(c, s["vocab"], "plain")
+    model = build_model(c, s["vocab"], choose_backend(c, "cpu")[0])
     optimizer = build_optimizer(c, model.specs)
     step = build_train_step(c, model, build_objective(c), optimizer, build_schedule(c))
     state = jax.jit(build_init(c, model, optimizer))(0)

@@ -119,7 +119,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.stage = 1
 
     c.kernels = ConfigDict()
-    c.kernels.attention = "auto"  # auto, plain, cudnn
+    c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
     c.kernels.loss = "auto"  # auto, plain, chunked
 
     c.checkpoint = ConfigDict()

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxlm.kernels.matmul import dense
+
 # Above this many logits per device the head and the loss go over chunks of tokens (2 GiB in float32).
 CHUNK_ABOVE = 2**29
 
@@ -35,7 +37,7 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
     kernel_DV = kernel_DV.astype(x_BTD.dtype)
 
     def sums(x, targets, mask):
-        logits = jnp.einsum("BTD,DV->BTV", x, kernel_DV)
+        logits = dense(x, kernel_DV)
         if cap:
             logits = cap * jnp.tanh(logits.astype(jnp.float32) / cap)
         loss, nll = token_losses(logits.reshape(-1, V), targets.reshape(-1), z_loss, label_smoothing)

@@ -1,10 +1,10 @@
 """Attention: queries, keys and values from x, then one of the kernels of `jaxlm.kernels.attention`."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import attend
+from jaxlm.kernels.matmul import dense
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
@@ -65,7 +65,7 @@ class Projection(nnx.Module):
             self.bias = parameter(rngs, shape[1:], axes[1:], constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTD):
-        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        y_BTNH = dense(x_BTD, self.kernel[...])
         return y_BTNH + self.bias[...].astype(x_BTD.dtype) if hasattr(self, "bias") else y_BTNH
 
 
@@ -79,5 +79,5 @@ class OutProjection(nnx.Module):
             self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTNH):
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.kernel[...].astype(x_BTNH.dtype))
+        y_BTD = dense(x_BTNH, self.kernel[...], num_inputs=2)
         return y_BTD + self.bias[...].astype(y_BTD.dtype) if hasattr(self, "bias") else y_BTD

@@ -1,9 +1,12 @@
 """Feed-forward layers: x_BTD -> x_BTD through a wider hidden layer F."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.kernels.matmul import dense
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.registry import Registry
 
@@ -22,12 +25,16 @@ class FeedForward(nnx.Module):
         self.down = Linear(m, rngs, m.mlp_dim, m.embed_dim, ("mlp", "embed"), inits.output(m.mlp_dim))
 
     def __call__(self, x_BTD):
-        h_BTF = self.up(x_BTD)
+        h_BTF = (self.up(x_BTD),)
         if hasattr(self, "gate"):
-            h_BTF = self.activation(self.gate(x_BTD)) * h_BTF
-        else:
-            h_BTF = self.activation(h_BTF)
-        return self.down(h_BTF)
+            h_BTF = (self.gate(x_BTD), *h_BTF)
+        return self.down(self._activate(*h_BTF))
+
+    @partial(jax.checkpoint, static_argnums=0)
+    def _activate(self, h_BTF, up_BTF=None):
+        """The gradient starts from the products again: cheaper than to keep what lies between."""
+        a_BTF = self.activation(h_BTF)
+        return a_BTF if up_BTF is None else a_BTF * up_BTF
 
 
 class Linear(nnx.Module):
@@ -37,7 +44,7 @@ class Linear(nnx.Module):
             self.bias = parameter(rngs, (outputs,), axes[1:], constant(0.0), m.param_dtype)
 
     def __call__(self, x):
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = dense(x, self.kernel[...])
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

@@ -1,6 +1,7 @@
 """Positions: what tells the model where a token stands. Each kind may act on the embedding, on queries and keys, or not."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlm.models.parameter import normal, parameter
@@ -47,10 +48,14 @@ class Rope(NoPosition):
         self.head_dim, self.theta = config.model.head_dim, config.model.rope_theta
 
     def tables(self, positions_BT):
-        """-> (cos, sin), each (B, T, 1, H/2), float32: bfloat16 would round position 257 to 256."""
-        frequency_H = self.theta ** -(jnp.arange(0, self.head_dim, 2, dtype=jnp.float32) / self.head_dim)
-        angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
-        return jnp.cos(angle), jnp.sin(angle)
+        """-> (cos, sin), each (B, T, 1, H/2), float32: bfloat16 would round position 257 to 256.
+
+        Known positions (a numpy array) make constants: XLA would otherwise compute every angle again in each layer.
+        """
+        xp = np if isinstance(positions_BT, np.ndarray) else jnp
+        frequency_H = np.float32(self.theta) ** -(np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim)
+        angle = positions_BT[:, :, None, None].astype(np.float32) * frequency_H
+        return xp.cos(angle), xp.sin(angle)
 
 
 def rotate(x_BTNH, tables):

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from jaxlm.kernels.matmul import dense
 from jaxlm.models.block import Block, Context, drop
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
@@ -43,7 +45,7 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, key=None, cache=None, cache_index=0):
         """-> (x_BTD after the last norm, cache). `key` switches dropout on; `cache` is for decoding (`init_cache`)."""
         if positions_BT is None:
-            positions_BT = cache_index + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
         x_BTD = self.embedding[...][tokens_BT].astype(self.compute_dtype) * self.embed_scale
         x_BTD = self.position.embed(x_BTD, positions_BT)
@@ -107,7 +109,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         """-> logits_BTV float32."""
-        logits = jnp.einsum("BTD,DV->BTV", x_BTD, self.head_kernel.astype(x_BTD.dtype)).astype(jnp.float32)
+        logits = dense(x_BTD, self.head_kernel).astype(jnp.float32)
         return softcap(logits, self.final_softcap)
 
     def init_cache(self, batch: int, length: int):

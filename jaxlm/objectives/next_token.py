@@ -16,10 +16,13 @@ def build_objective(config):
 @OBJECTIVES.register("next_token")
 def next_token(config):
     """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss and label smoothing."""
+    isolate = config.data.isolate_documents
     z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
 
     def objective(model, batch, key=None):
-        x_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], key=key)
+        # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
+        positions_BT = batch["positions"] if isolate else None
+        x_BTD, _ = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], key=key)
         loss_sum, nll_sum = cross_entropy(
             x_BTD, model.head_kernel, batch["targets"], batch["loss_mask"], cap=model.final_softcap,
             z_loss=z_loss, label_smoothing=smoothing, method=method)

@@ -1,0 +1,14 @@
+"""The dense product of a layer, written so that XLA makes the fast matrix product of it and of its gradients."""
+
+import math
+
+
+def dense(x, kernel, num_inputs: int = 1):
+    """x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
+
+    As one product of two matrices: given the axes B and T apart, XLA on a CPU copies the activations into another order
+    for the kernel's gradient and multiplies there at a third of the speed. Elsewhere the reshapes cost nothing.
+    """
+    rows, inputs = x.shape[: x.ndim - num_inputs], math.prod(kernel.shape[:num_inputs])
+    product = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
+    return product.reshape(*rows, *kernel.shape[num_inputs:])
