@@ -13,6 +13,8 @@ import time
 import numpy as np
 from record import check_idle, save
 
+from jaxlm.cli import start_jax
+
 SIZES = {
     "shakespeare": dict(layers=4, dim=128, heads=4, mlp=512, vocab=65, T=128, B=32, gated=False, tied=True),
     "8x256": dict(layers=8, dim=256, heads=4, mlp=1024, vocab=8192, T=256, B=8, gated=True, tied=False),
@@ -80,6 +82,7 @@ def torch_arm(s, compiled):
 
 
 def main():
+    start_jax(compile_cache=False)  # as `jaxlm train` does; one process, so PyTorch's arms get the same malloc
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))

@@ -11,7 +11,7 @@ from jaxlm.errors import Diverged, Preempted, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else."""
-    began = process_start()
+    began = interpreter_start()
     parser = argparse.ArgumentParser(prog="jaxlm", description="Train Transformer language models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (run, add_arguments) in VERBS.items():
@@ -38,23 +38,39 @@ def main(argv: list[str] | None = None) -> int:
         return 75
 
 
-def process_start() -> float:
-    """Unix time at which this process began, so that "seconds to first step" counts imports too."""
-    try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-            ticks = int(stat.read().rsplit(")", 1)[1].split()[19])
-            return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
-    except OSError:  # not Linux
-        return time.time()
+def interpreter_start() -> float:
+    """Unix time at which Python began, so that "seconds to first step" counts imports too. Until here it has only
+    computed; the start of the process itself may lie minutes back, in a launcher that installed things and then exec'ed."""
+    return time.time() - time.process_time()
 
 
 def start_jax(compile_cache: bool = True) -> None:
+    """Set JAX up for this process; before anything imports it."""
+    keep_freed_memory()
     import jax
 
     if compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_freed_memory() -> None:
+    """On a machine without accelerators: glibc keeps freed memory rather than give it back to the kernel. XLA allocates
+    the work space of a step anew each time; mapping and clearing its pages again took a quarter of a small step."""
+    import ctypes
+    import importlib.metadata
+
+    accelerators = importlib.metadata.entry_points(group="jax_plugins")
+    if accelerators and os.environ.get("JAX_PLATFORMS") != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_arena_max, 1)):
+        mallopt(option, value)
 
 
 def cache_dir() -> str:

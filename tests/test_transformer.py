@@ -8,6 +8,7 @@ from flax import nnx
 
 from configs import default
 from jaxlm.config import load, resolve
+from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.train.state import build_model
 
 
@@ -20,10 +21,14 @@ def tiny(**model):
     return config
 
 
+def noisy(params):
+    """Nothing stays zero, so that every part has its say."""
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+
 def hidden(config, tokens, **inputs):
     model = build_model(config, 32, "plain")
-    params = jax.jit(model.init)(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    params = noisy(jax.jit(model.init)(jax.random.key(0)))
     return jax.jit(lambda p: nnx.merge(model.graph, p).hidden(tokens, **inputs)[0])(params)
 
 
@@ -43,12 +48,12 @@ def test_scan_equals_unrolled_and_remat(options):
 
 @pytest.mark.parametrize("options", [
     dict(), dict(num_kv_heads=1, window=4, window_pattern="LG", value_residual=True, attention_softcap=5.0),
-    dict(position="learned", scan_layers=True),
+    dict(position="learned", scan_layers=True), dict(ngram_max=3, ngram_buckets=64),
 ])
 def test_cached_decoding_equals_full_pass(options):
     config = tiny(**options)
     model = build_model(config, 32, "plain")
-    params = jax.jit(model.init)(jax.random.key(1))
+    params = noisy(jax.jit(model.init)(jax.random.key(1)))
     full = jax.jit(lambda p: nnx.merge(model.graph, p).hidden(TOKENS)[0])(params)
 
     @jax.jit
@@ -100,6 +105,25 @@ def test_packed_documents_are_isolated_by_gradients():
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
     matrix = attention_reach(config, segments)
     assert (matrix[5:, :5] == 0).all() and (matrix[5:, 5:][np.tril_indices(7)] > 0).all()
+
+
+def test_packed_documents_with_ngrams_equal_the_documents_alone():
+    config = tiny(ngram_max=3, ngram_buckets=64)
+    config.data.isolate_documents = True
+    segments = np.array([[1] * 5 + [2] * 7] * 2, np.int32)
+    packed = hidden(config, TOKENS, segment_ids_BT=segments)
+    for part in (slice(0, 5), slice(5, 12)):  # rope is relative: where a document stands in the row does not matter
+        alone = hidden(config, TOKENS[:, part], segment_ids_BT=np.ones_like(TOKENS[:, part]))
+        np.testing.assert_allclose(packed[:, part], alone, atol=2e-5)
+
+
+def test_ngram_hash_is_free_of_collisions_where_all_fit():
+    config = tiny(ngram_max=2, ngram_buckets=33**2, embed_dim=1, num_heads=1, head_dim=2)
+    table = NgramEmbedding(config, 32, nnx.Rngs(0))
+    table.embedding[...] = jnp.arange(33**2, dtype=jnp.float32).reshape(1, -1, 1)
+    pairs = np.stack(np.meshgrid(np.arange(32), np.arange(32)), -1).reshape(-1, 2).astype(np.int32)
+    last_BD = np.asarray(table(pairs, 0, 2)[:, 1])
+    assert len(np.unique(last_BD)) == 32**2
 
 
 COUNTS = {"gpt2_124m": 124_439_808, "llama_1b": 1_235_814_400, "llama3_8b": 8_030_261_248}

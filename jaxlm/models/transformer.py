@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.block import Block, Context, drop
+from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
@@ -31,6 +32,8 @@ class Transformer(nnx.Module):
         self.vocab_size = vocab_size
         self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
                                    m.param_dtype)
+        if m.ngram_max > 1:
+            self.ngrams = NgramEmbedding(config, vocab_size, rngs)
         self.position = build_position(config, rngs)
         if m.embed_norm:
             self.embed_norm = build_norm(config, m.embed_dim, rngs)
@@ -47,7 +50,13 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
-        x_BTD = self.embedding[...][tokens_BT].astype(self.compute_dtype) * self.embed_scale
+        x_BTD = self.embedding[...][tokens_BT]
+        history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
+        if cache is not None:
+            history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
+        if hasattr(self, "ngrams"):
+            x_BTD = x_BTD + self.ngrams(history_BS, cache_index, tokens_BT.shape[1], segment_ids_BT if self.isolate else None)
+        x_BTD = x_BTD.astype(self.compute_dtype) * self.embed_scale
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
@@ -57,8 +66,8 @@ class Transformer(nnx.Module):
             x_BTD, keys_L = drop(x_BTD, self.dropout, embed_key), jax.random.split(key, len(self.windows))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT if self.isolate else None,
                           backend=self.backend, dropout=self.dropout, cache_index=cache_index)
-        x_BTD, cache = self._run_layers(x_BTD, context, keys_L, cache)
-        return self.final_norm(x_BTD), cache
+        x_BTD, layer_cache = self._run_layers(x_BTD, context, keys_L, layer_cache)
+        return self.final_norm(x_BTD), None if cache is None else (history_BS, layer_cache)
 
     def _run_layers(self, x_BTD, context, keys_L, cache):
         """All blocks in order; a scan goes over whole periods of the window pattern, so that windows stay static."""
@@ -113,9 +122,10 @@ class Transformer(nnx.Module):
         return softcap(logits, self.final_softcap)
 
     def init_cache(self, batch: int, length: int):
-        """Keys and values of every layer, two of (L, B, S, K, H), for decoding up to `length` tokens."""
+        """For decoding up to `length` tokens: (tokens (B, S), (keys, values) of every layer, each (L, B, S, K, H))."""
         shape = (len(self.windows), batch, length, *self.cache_shape)
-        return jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)
+        return (jnp.zeros((batch, length), jnp.int32),
+                (jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)))
 
 
 def unstack(tree, length: int) -> list:
