@@ -153,6 +153,7 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.batch_size = 8
     c.seq_len = 32
     c.grad_accum_steps = min(c.grad_accum_steps, 2)
+    c.schedule.warmup_steps = "10%"
     c.model.num_layers = 2
     c.model.embed_dim = 64
     c.model.num_heads = 4

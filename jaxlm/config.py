@@ -116,7 +116,8 @@ def validate(config: ConfigDict) -> None:
 
     c, m = config, config.model
     positive = ("steps", "batch_size", "seq_len", "grad_accum_steps", "model.num_layers", "model.embed_dim",
-                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "observe.log_every")
+                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "model.ngram_max", "model.ngram_buckets",
+                "observe.log_every")
     flat = flatten(c)
     for key in positive:
         check(flat[key] > 0, f"{key}={flat[key]}: must be at least 1")
@@ -156,6 +157,10 @@ def validate(config: ConfigDict) -> None:
                 steps_of(value, c, key)
             except UserError as error:
                 problems.extend(error.problems)
+    if not problems:
+        warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
+        check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
+                                "make it shorter than the run")
     for name in c.imports:
         try:
             importlib.import_module(name)

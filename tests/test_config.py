@@ -29,6 +29,7 @@ def test_all_problems_at_once_with_suggestions():
     found = problems("batch_size=30", "grad_accum_steps=4", "model.block=seril", "model.dropout=1.5")
     assert any("batch_size=30 is not divisible" in p for p in found) and any("serial" in p for p in found)
     assert len(found) == 3
+    assert "make it shorter than the run" in problems("steps=10", "schedule.warmup_steps=10")[0]
     assert "no such file; did you mean configs/shakespeare.py" in problems(config="configs/shakespear.py")[0]
 
 

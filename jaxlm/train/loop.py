@@ -105,8 +105,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     progress.start([
         f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
-        f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh "
-        + " ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1),
+        f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
+        + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1),
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
     ])

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -134,6 +136,23 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     for verb in ("train", "eval", "generate", "report", "doctor"):
         text = jaxlm(verb, "--help").stdout
         assert 3 < text.count("\n") <= 40, verb
+
+
+def test_the_commands_of_the_readme_run(finished):
+    """Every `jaxlm` line of its shell blocks, on a small run; its `bash launch/...` lines are what `.ci/run` calls."""
+    blocks = re.findall(r"```bash\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    ran = 0
+    for line in lines:
+        if line.startswith("jaxlm "):
+            verb, *args = shlex.split(line)[1:]
+            args = [f"--workdir={finished}" if a.startswith("--workdir=") else a for a in args if not a.startswith("--config=")]
+            result = jaxlm(verb, *(SMALL if verb == "train" else ()), *args)
+            assert result.returncode == 0, (line, result.stderr)
+            ran += 1
+        elif line.startswith("bash "):
+            assert line in pathlib.Path(".ci/run").read_text(), line
+    assert ran >= 2
 
 
 @pytest.mark.parametrize("args, message", [
