@@ -39,9 +39,9 @@ def save(name: str, result: dict) -> None:
     print(f"written to {file}")
 
 
-if __name__ == "__main__":  # python benchmarks/record.py NAME WORKDIR: keep the summary of a finished run
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python benchmarks/record.py NAME WORKDIR")
+if __name__ == "__main__":  # keep the summary of a finished run, and what `time` said of the command
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit("usage: python benchmarks/record.py NAME WORKDIR [WALL_SECONDS]")
     folder = pathlib.Path(sys.argv[2])
-    save(sys.argv[1], {"summary": json.loads((folder / "summary.json").read_text()),
+    save(sys.argv[1], {"wall_seconds": float(sys.argv[3]) if len(sys.argv) == 4 else None, "summary": json.loads((folder / "summary.json").read_text()),
                        "config": json.loads((folder / "config.json").read_text())["config"]})

@@ -49,6 +49,8 @@ def start_jax(compile_cache: bool = True) -> None:
     keep_freed_memory()
     import jax
 
+    # On a CPU a step that is sent ahead of its predecessor's end only takes a second work space beside the first.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
