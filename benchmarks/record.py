@@ -43,5 +43,6 @@ if __name__ == "__main__":  # keep the summary of a finished run, and what `time
     if len(sys.argv) not in (3, 4):
         raise SystemExit("usage: python benchmarks/record.py NAME WORKDIR [WALL_SECONDS]")
     folder = pathlib.Path(sys.argv[2])
-    save(sys.argv[1], {"wall_seconds": float(sys.argv[3]) if len(sys.argv) == 4 else None, "summary": json.loads((folder / "summary.json").read_text()),
+    wall = float(sys.argv[3]) if len(sys.argv) == 4 else None
+    save(sys.argv[1], {"wall_seconds": wall, "summary": json.loads((folder / "summary.json").read_text()),
                        "config": json.loads((folder / "config.json").read_text())["config"]})
