@@ -118,7 +118,8 @@ def test_a_changed_config_is_refused_with_the_diff(finished):
 
 
 def test_divergence_exits_3_and_names_the_tensor(tmp_path):
-    result = train(tmp_path / "e", "--config.optimizer.name=sgd", "--config.optimizer.adam_lr_ratio=0.15", "--config.optimizer.muon_steps=5", "--config.optimizer.learning_rate=1e30",
+    result = train(tmp_path / "e", "--config.optimizer.name=sgd", "--config.optimizer.adam_lr_ratio=0.15",
+                   "--config.optimizer.muon_steps=5", "--config.optimizer.learning_rate=1e30",
                    "--config.optimizer.clip_norm=0.0", "--config.optimizer.groups=(('.*', 1.0, 0.0),)")
     assert result.returncode == 3 and "non-finite value" in result.stderr, result.stderr
     assert json.loads((tmp_path / "e" / "summary.json").read_text())["status"] == "diverged"
