@@ -23,6 +23,7 @@ from record import check_idle, save
 
 from configs import shakespeare
 from jaxlm.cli import start_jax
+from jaxlm.config import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -40,6 +41,7 @@ def tiny_config(steps: int):
     c = shakespeare.get_config("debug")
     c.steps, c.observe.log_every, c.observe.progress, c.observe.report = steps, 10, "none", False
     c.eval.sample_tokens = 0
+    resolve(c)
     return c
 
 
@@ -52,7 +54,6 @@ def seconds_in_train(folder: pathlib.Path, steps: int) -> float:
 
 
 def seconds_bare(steps: int) -> float:
-    from jaxlm.config import resolve
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
     from jaxlm.objectives.next_token import build_objective
@@ -62,7 +63,6 @@ def seconds_bare(steps: int) -> float:
     from jaxlm.train.step import build_train_step
 
     c = tiny_config(steps)
-    resolve(c)
     data = build_data(c)
     model = build_model(c, data.vocab_size, choose_backend(c, jax.default_backend())[0])
     optimizer = build_optimizer(c, model.specs)
