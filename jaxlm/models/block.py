@@ -63,9 +63,7 @@ class Block(nnx.Module):
 
 
 def drop(x, rate: float, key):
-    """Dropout; off where there is no key (evaluation). The rate is rounded to 1/65,536: 16 random bits an element are half
-    the work of the 32 that `jax.random.bernoulli` draws."""
+    """Dropout; off where there is no key (evaluation)."""
     if key is None or rate == 0.0:
         return x
-    keep = round((1 - rate) * 2**16)
-    return jnp.where(jax.random.bits(key, x.shape, "uint16") < keep, x * (2**16 / keep), 0)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)

@@ -25,10 +25,9 @@ class FeedForward(nnx.Module):
         self.down = Linear(m, rngs, m.mlp_dim, m.embed_dim, ("mlp", "embed"), inits.output(m.mlp_dim))
 
     def __call__(self, x_BTD):
-        h_BTF = (self.up(x_BTD),)
         if hasattr(self, "gate"):
-            h_BTF = (self.gate(x_BTD), *h_BTF)
-        return self.down(self._activate(*h_BTF))
+            return self.down(self._activate(self.gate(x_BTD), self.up(x_BTD)))
+        return self.down(self._activate(self.up(x_BTD)))
 
     @partial(jax.checkpoint, static_argnums=0)
     def _activate(self, h_BTF, up_BTF=None):
