@@ -1,16 +1,23 @@
 """`jaxlm VERB`: one thin entry per verb. Nothing heavy is imported before the arguments and the config are right."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
+import traceback
 
-from jaxlm.errors import Diverged, Preempted, UserError
+from jaxlm.errors import Diverged, PeerLost, Preempted, UserError
+from jaxlm.observe import process_log
+from jaxlm.parallel import distributed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else."""
+    """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else.
+
+    Of several processes, all end with the same code: by themselves where all came to the same end, else because one tells.
+    """
     began = interpreter_start()
     parser = argparse.ArgumentParser(prog="jaxlm", description="Train Transformer language models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -25,17 +32,33 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := [a for a in rest if not a.startswith("--config.")]:
             raise UserError(*(f"{a}: unknown argument; see jaxlm {args.verb} --help" for a in unknown))
         VERBS[args.verb][0](args)
-        return 0
+        return end(0)
     except UserError as error:
-        for problem in error.problems:
-            print(f"jaxlm: {problem}", file=sys.stderr)
-        return 2
+        if distributed.num_processes() > 1:
+            distributed.leave(2, list(error.problems))
+        return end(2, *error.problems)
+    except PeerLost as error:
+        return end(1, str(error))
     except Diverged as error:
-        print(f"jaxlm: diverged: {error}", file=sys.stderr)
-        return 3
+        return end(3, f"diverged: {error}")
     except Preempted as error:
-        print(f"jaxlm: preempted: {error}", file=sys.stderr)
-        return 75
+        return end(75, f"preempted: {error}")
+    except Exception as error:
+        if distributed.num_processes() == 1:
+            raise
+        process_log.write(traceback.format_exc())
+        traceback.print_exc()
+        time.sleep(1)  # a lost peer shows as an odd error here, and a moment later on the line, by its name
+        distributed.leave(1, [f"process {distributed.process_id()} failed: {type(error).__name__}: {error}"[:500]])
+
+
+def end(code: int, *lines: str) -> int:
+    for line in lines:
+        process_log.write(f"jaxlm: {line}")
+        if distributed.is_main():
+            print(f"jaxlm: {line}", file=sys.stderr)
+    distributed.finish()
+    return code
 
 
 def interpreter_start() -> float:
@@ -44,8 +67,13 @@ def interpreter_start() -> float:
     return time.time() - time.process_time()
 
 
-def start_jax(compile_cache: bool = True) -> None:
-    """Set JAX up for this process; before anything imports it."""
+def start_jax(config=None) -> str:
+    """Set JAX up for this process, and join the run's other processes; before anything touches a device. Returns the line
+    to show about the processes."""
+    from configs import default
+
+    config = config or default.get_config()
+    compile_cache = config.observe.compile_cache
     keep_freed_memory()
     import jax
 
@@ -55,6 +83,8 @@ def start_jax(compile_cache: bool = True) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    command = hashlib.sha256(json.dumps([sys.argv[1:2], config.to_json()]).encode()).hexdigest()[:12]
+    return distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"config": command})
 
 
 def keep_freed_memory() -> None:
@@ -101,10 +131,12 @@ def run_train(args):
     from jaxlm.config import load
 
     config = load(args.config, args.overrides)
-    start_jax(config.observe.compile_cache)
+    processes = start_jax(config)
     from jaxlm.train.loop import train
 
-    summary = train(config, args.workdir, args.allow_config_change, args.began)
+    summary = train(config, args.workdir, args.allow_config_change, args.began, processes)
+    if not distributed.is_main():
+        return
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
     report = f"; {args.workdir}/report.html" if config.observe.report else ""
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
