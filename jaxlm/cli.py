@@ -67,9 +67,8 @@ def interpreter_start() -> float:
     return time.time() - time.process_time()
 
 
-def start_jax(config=None) -> str:
-    """Set JAX up for this process, and join the run's other processes; before anything touches a device. Returns the line
-    to show about the processes."""
+def start_jax(config=None) -> None:
+    """Set JAX up for this process, and join the run's other processes; before anything touches a device."""
     from configs import default
 
     config = config or default.get_config()
@@ -84,7 +83,7 @@ def start_jax(config=None) -> str:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     command = hashlib.sha256(json.dumps([sys.argv[1:2], config.to_json()]).encode()).hexdigest()[:12]
-    return distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"config": command})
+    distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"config": command})
 
 
 def keep_freed_memory() -> None:
@@ -131,10 +130,12 @@ def run_train(args):
     from jaxlm.config import load
 
     config = load(args.config, args.overrides)
-    processes = start_jax(config)
+    start_jax(config)
+    from jaxlm.observe.watchdog import Watchdog
     from jaxlm.train.loop import train
 
-    summary = train(config, args.workdir, args.allow_config_change, args.began, processes)
+    with Watchdog(config.observe.hang_seconds, on_hang=lambda message: distributed.leave(1, [message])) as watchdog:
+        summary = train(config, args.workdir, args.allow_config_change, args.began, watchdog.beat)
     if not distributed.is_main():
         return
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"

@@ -141,7 +141,8 @@ class Checkpoints:
                 damaged.append((step, reason))
                 continue
             for bad, reason in damaged:
-                where = f"moved to {share(lambda bad=bad: self._move_aside(bad), 'moving')}" if self.create else "left where it is"
+                aside = share(lambda bad=bad: self._move_aside(bad), "moving") if self.create else None
+                where = f"moved to {aside}" if aside else "left where it is"
                 if is_main():
                     print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
             if damaged:

@@ -17,9 +17,8 @@ class Watchdog:
         self.seconds, self.on_hang = seconds, on_hang
         self.closed = threading.Event()
         self.beat("starting", SLOW)
-        self.thread = threading.Thread(target=self._watch, name="jaxlm-watchdog", daemon=True)
         if seconds:
-            self.thread.start()
+            threading.Thread(target=self._watch, name="jaxlm-watchdog", daemon=True).start()
 
     def beat(self, doing: str = "training", allowance: float = 1) -> None:
         """The run lives; what it does next may take `allowance` x `seconds`."""
@@ -36,7 +35,8 @@ class Watchdog:
                              "(observe.hang_seconds)")
                 return
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.closed.set()
-        if self.thread.is_alive() and threading.current_thread() is not self.thread:
-            self.thread.join()

@@ -30,6 +30,7 @@ VARIABLES = ("JAXLM_COORDINATOR", "JAXLM_NUM_PROCESSES", "JAXLM_PROCESS_ID")
 
 _peers: Peers | None = None
 _place: "Place | None" = None
+_about = "one process"
 _leaving = threading.Lock()
 
 
@@ -82,7 +83,7 @@ def detect(env=os.environ) -> Place | None:
         problems.append(f"JAXLM_PROCESS_ID={index}: must be 0 to JAXLM_NUM_PROCESSES - 1 = {count - 1}")
     if problems:
         raise UserError(*problems)
-    source = f"{' and '.join(given)}" + (f" with {found.source}" if found and len(given) < 3 else "")
+    source = ", ".join(given) + (f" and {found.source}" if found and len(given) < 3 else "")
     local = (found.local_process, found.processes_here) if found else (0, 1)
     return Place(source, coordinator, count, index, *local)
 
@@ -154,27 +155,27 @@ def port_of(job: str) -> int:
 # ---- Start ---------------------------------------------------------------------------------------------------------------
 
 
-def start(join_seconds: int, peer_seconds: int, facts: dict) -> str:
-    """Join the other processes, if there are any; before JAX touches a device. Returns the line to show.
+def start(join_seconds: float, peer_seconds: float, facts: dict) -> None:
+    """Join the other processes, if there are any; before JAX touches a device.
 
     facts: {name: text} that must be equal in all processes. Raises UserError or PeerLost.
     """
-    global _peers, _place
+    global _peers, _place, _about
     place = detect()
     if place is None:
-        return "one process"
+        return
     import jax
 
     # Orderly stops are agreed on by `jaxlm.train.stop`; JAX's own handler of SIGTERM would hide the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
     facts = {"JAXLM_NUM_PROCESSES": str(place.num_processes), "jax": jax.__version__, **facts}
-    options = {"initialization_timeout": join_seconds, "shutdown_timeout_seconds": int(peer_seconds),
+    options = {"initialization_timeout": int(join_seconds) + 1, "shutdown_timeout_seconds": int(peer_seconds) + 1,
                # Behind our own watch over the line; it is what ends a process whose line's thread hangs too.
                "heartbeat_timeout_seconds": int(1.5 * peer_seconds) + 10}
     if place.coordinator is None:
         place = start_by_jax(place, options)
         if place is None:
-            return "one process"
+            return
     _place = place
     _peers = Peers(place.process_id, place.num_processes, place.coordinator, join_seconds, peer_seconds, facts,
                    lambda process, code, lines: leave(code, lines, process))
@@ -183,8 +184,13 @@ def start(join_seconds: int, peer_seconds: int, facts: dict) -> str:
         jax.distributed.initialize(f"{host}:{_peers.jax_port}", place.num_processes, place.process_id,
                                    local_device_ids=devices_of(place), cluster_detection_method="deactivate", **options)
     check_devices(jax)
-    return (f"process {place.process_id} of {place.num_processes} (by {place.source}), process 0 at {place.coordinator}, "
-            f"{jax.local_device_count()} of {jax.device_count()} devices here")
+    _about = (f"process {place.process_id} of {place.num_processes} (by {place.source}), process 0 at "
+              f"{place.coordinator}, {jax.local_device_count()} of {jax.device_count()} devices here")
+
+
+def about_processes() -> str:
+    """The line to show about them."""
+    return _about
 
 
 def start_by_jax(place: Place, options: dict) -> Place | None:

@@ -23,11 +23,11 @@ from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
-from jaxlm.observe.watchdog import SLOW, Watchdog
+from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
-from jaxlm.parallel.distributed import is_main, leave, num_processes, process_id, share
+from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.mesh import batch_sharding, build_mesh, replicated
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
@@ -36,9 +36,12 @@ from jaxlm.train.stop import StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
-          processes: str = "one process") -> dict:
-    """Train to `config.steps` and return the summary. All processes of a run call it alike; process 0 writes what there
-    is once. `processes`: the line about them. Raises UserError, Diverged, Preempted (see `jaxlm.errors`)."""
+          alive=lambda doing="", allowance=1: None) -> dict | None:
+    """Train to `config.steps`. All processes of a run call it alike; process 0 writes what there is once, and returns the
+    summary. `alive` is called at each sign of progress (`Watchdog.beat`).
+
+    Raises UserError, Diverged, Preempted (see `jaxlm.errors`).
+    """
     began = time.time() if process_start is None else process_start
     full_config, config = config, Tracked(config)
     from configs import default
@@ -64,15 +67,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     peak_rate, decay, seed = config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed
     # Read elsewhere: by the validation, by the command line, by the writers.
     _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
-    _ = config.observe.join_seconds, config.observe.peer_seconds
-    hang_seconds = config.observe.hang_seconds
+    _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
     if unread := config.unread(default.get_config()):
         raise UserError(*unread)
     share(lambda: open_run_directory(workdir, full_config, allow_config_change), "run directory")
     process_log.open_log(workdir, process_id(), num_processes())
-    process_log.write(processes)
+    process_log.write(about_processes())
     writers = build_writers(config, workdir)
-    watchdog = Watchdog(hang_seconds, on_hang=lambda message: leave(1, [message]))
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
     init = build_init(config, model, optimizer)
@@ -82,9 +83,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
     latest = checkpoints.latest()
     if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
-        watchdog.close()
         return done
-    watchdog.beat("restoring" if latest is not None else "initialising", SLOW)
+    alive("restoring" if latest is not None else "initialising", SLOW)
     if latest is not None:
         _, state, _ = checkpoints.restore(abstract)
     else:
@@ -94,7 +94,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             state["params"] = source.restore_params(abstract["params"])
     start = int(state["step"])
     writers.truncate_after(start)
-    watchdog.beat("compiling", SLOW)
+    alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
@@ -124,10 +124,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1),
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
-        *([processes] if num_processes() > 1 else []),
     ]
-    progress.start(about)
     process_log.write("\n".join(about))
+    progress.start([*about, about_processes()] if num_processes() > 1 else about)
     totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
               "speeds": []}
     generator = None
@@ -160,7 +159,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step})
 
     def finish(status, exit_code, step):
-        watchdog.beat("saving", SLOW)
+        alive("saving", SLOW)
         checkpoints.wait()
         progress.stop()
         process_log.write(f"{status} at step {step}")
@@ -189,7 +188,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     # ---- The loop -------------------------------------------------------------------------------------------------------
     stop = StopSignal(start + 1)
-    watchdog.beat("in the first step", SLOW)
+    alive("in the first step", SLOW)
     clock = Clock()
     clock.restart(start, totals["tokens"])
     pending = None  # (step, metrics on the device), read back one step late
@@ -224,7 +223,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             progress.update(line)
 
     step = start
-    batches = data.train.prefetched(start, feed)
+    batches = data.train.prefetched(start, feed.put, feed.rows)
     try:
         with jax.transfer_guard("disallow"):
             for step in range(start + 1, steps + 1):
@@ -241,7 +240,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 if due_eval or due_save or stopping:
                     read_back(pending)
                     pending = None
-                    watchdog.beat("evaluating or saving", SLOW)
+                    alive("evaluating or saving", SLOW)
                     if due_eval:
                         with jax.transfer_guard("allow"):
                             run_evaluation(step)
@@ -249,7 +248,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
                     clock.restart(step, totals["tokens"])
-                watchdog.beat()
+                alive()
                 if stopping and step < steps:
                     finish("preempted", 75, step)
                     raise Preempted(f"{stop.name} at step {step}: saved; run the same command again to go on")
@@ -261,5 +260,4 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         batches.close()
         checkpoints.close()
         progress.stop()
-        watchdog.close()
     return finish("completed", 0, steps)
