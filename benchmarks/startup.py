@@ -85,7 +85,7 @@ def seconds_bare(steps: int) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="of each loop measured")
+    parser.add_argument("--steps", type=int, default=400, help="of each loop measured")
     parser.add_argument("--force", action="store_true", help="measure on a loaded machine all the same")
     args = parser.parse_args()
     check_idle()
@@ -96,7 +96,7 @@ def main():
         warm = [first_step(folder / f"warm{i}", folder / "cache0", folder / "store") for i in range(3)]
         start_jax(compile_cache=False)
         loops = [{"train": seconds_in_train(folder / f"loop{i}", args.steps), "bare": seconds_bare(args.steps)}
-                 for i in range(3)]
+                 for i in range(9)]
     added = [1e3 * (loop["train"] - loop["bare"]) for loop in loops]
     save("startup", {"cold": cold, "warm": warm, "loop_seconds_per_step": loops,
                      "loop_adds_ms_median": statistics.median(added)})
