@@ -1,6 +1,7 @@
 """`jaxlm VERB`: one thin entry per verb. Nothing heavy is imported before the arguments and the config are right."""
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -153,6 +154,7 @@ def run_eval(args):
     start_jax()
     import jax
 
+    from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
     from jaxlm.parallel.mesh import batch_sharding
@@ -162,12 +164,13 @@ def run_eval(args):
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
         raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
-    eval_step, rows = jax.jit(build_eval_step(run.model, build_objective(run.config))), batch_sharding(run.mesh)
-    result = evaluate(eval_step, run.params, run.data.valid.evaluation_batches(), lambda b: jax.device_put(b, rows),
-                      run.data.valid.num_bytes)
-    result = {"step": run.step, **result}
-    print(json.dumps(result) if args.json else "  ".join(
-        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    eval_step = jax.jit(build_eval_step(run.model, build_objective(run.config)))
+    feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
+    batches = run.data.valid.evaluation_batches(rows=feed.rows)
+    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}
+    if distributed.is_main():
+        print(json.dumps(result) if args.json else "  ".join(
+            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
 
 
 def add_generate(verb):
@@ -201,7 +204,8 @@ def run_generate(args):
     tokenizer = run.data.tokenizer
     generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, args.temperature, args.top_k, args.top_p)
     prompt = [int(t) for t in tokenizer.encode(args.prompt)]
-    print(args.prompt, end="", flush=True)
+    show = functools.partial(print, end="", flush=True) if distributed.is_main() else lambda text: None
+    show(args.prompt)
     ids, shown = [], ""
     for token in generator.stream(run.params, prompt, args.tokens, args.seed, tokenizer.eos_id):
         if token == tokenizer.eos_id:
@@ -209,9 +213,9 @@ def run_generate(args):
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # half a character waits for its other bytes
-            print(text[len(shown):], end="", flush=True)
+            show(text[len(shown):])
             shown = text
-    print()
+    show("\n")
 
 
 def run_report(args):
