@@ -24,14 +24,14 @@ FSDP, TENSOR = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """The launchers find `jaxlm` on the PATH."""
+    """The launchers find `jaxlm` on the PATH; programs this small are sooner run than optimised."""
     folder = tmp_path_factory.mktemp("bin")
     (folder / "jaxlm").write_text(f'#!/bin/sh\nexec {sys.executable} -m jaxlm.cli "$@"\n')
     (folder / "jaxlm").chmod(0o755)
     here = os.getcwd()
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": f"{here}:{here}/tests/promises",
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
-            "JAXLM_GRACE": "60"}  # programs this small are sooner run than optimised
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "JAXLM_GRACE": "60"}
 
 
 class Cluster:
@@ -50,14 +50,19 @@ class Cluster:
         self.output, _ = self.process.communicate(timeout=240)
         return self.process.returncode
 
-    def wait_for_step(self, step):
+    def wait_for_step(self, step, saved=()):
+        """Until this step was logged and these checkpoints are there."""
         metrics = self.workdir / "metrics.jsonl"
         for _ in range(2000):
-            if metrics.exists() and any(s >= step for s, _, _ in losses(self.workdir)):
+            if metrics.exists() and any(s >= step for s, _, _ in losses(self.workdir)) and set(saved) <= set(self.saved()):
                 return
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.05)
         raise AssertionError(f"step {step} never came")
+
+    def saved(self):
+        folder = self.workdir / "checkpoints"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
 
     def pid(self, process):
         lines = (self.workdir / "logs" / f"process-{process}.log").read_text().splitlines()
@@ -122,18 +127,20 @@ def test_four_processes_where_two_share_each_row(environment, alone, tmp_path):
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on_bitwise(environment, two, tmp_path):
     """With a damaged newest checkpoint on top, on which both processes must agree."""
     cluster = Cluster(environment, tmp_path / "killed", 2, 2, FSDP, sleep=0.4)
-    cluster.wait_for_step(5)
+    cluster.wait_for_step(5, saved=[2, 4])
     os.kill(cluster.pid(1), signal.SIGKILL)
     killed = time.monotonic()
     assert cluster.wait() != 0 and time.monotonic() - killed < 15
     assert "process 1 ended without a word" in cluster.output and "most recent call first" in cluster.output
     log = (cluster.workdir / "logs" / "process-0.log").read_text()
     assert "process 1 ended without a word" in log and "train/loop.py" in log
-    newest = cluster.workdir / "checkpoints" / "4" / "state"
-    data = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    before, newest = cluster.saved()[-2:]
+    files = [f for f in (cluster.workdir / "checkpoints" / str(newest) / "state").rglob("*") if f.is_file()]
+    data = max(files, key=lambda f: f.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     again = run(environment, cluster.workdir, 2, 2, FSDP)
-    assert again.output.count("checkpoint 4 is damaged") == 1 and "resuming at step 2" in again.output, again.output
+    assert again.output.count(f"checkpoint {newest} is damaged") == 1, again.output
+    assert f"resuming at step {before}" in again.output and cluster.saved() == [2, 4, 6, 8]
     same_losses(two.workdir, cluster.workdir, tolerance=0)
 
 
