@@ -47,6 +47,10 @@ def interpreter_start() -> float:
 def start_jax(compile_cache: bool = True) -> None:
     """Set JAX up for this process; before anything imports it."""
     keep_freed_memory()
+    # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
+    # each core, can leave two collectives waiting for each other's threads for good.
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("PJRT_NPROC", "64")
     import jax
 
     # On a CPU a step that is sent ahead of its predecessor's end only takes a second work space beside the first.
@@ -122,14 +126,15 @@ def run_eval(args):
 
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
-    from jaxlm.parallel.mesh import batch_sharding
+    from jaxlm.parallel.rules import batch_sharding, under_mesh
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
         raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
-    eval_step, rows = jax.jit(build_eval_step(run.model, build_objective(run.config))), batch_sharding(run.mesh)
+    eval_step = jax.jit(under_mesh(run.mesh, build_eval_step(run.model, build_objective(run.config))))
+    rows = batch_sharding(run.mesh)
     result = evaluate(eval_step, run.params, run.data.valid.evaluation_batches(), lambda b: jax.device_put(b, rows),
                       run.data.valid.num_bytes)
     result = {"step": run.step, **result}

@@ -51,7 +51,8 @@ class Attention(nnx.Module):
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), at)
             cache = (k_BSKH, v_BSKH)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
-                          segment_ids_BT=context.segment_ids, first_query=context.cache_index)
+                          segment_ids_BT=context.segment_ids, first_query=context.cache_index,
+                          context_method=context.context_method)
         return self.out(out_BTNH), own_value, cache
 
 

@@ -6,11 +6,13 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.kernels.matmul import dense
-from jaxlm.models.block import Block, Context, drop
+from jaxlm.models.block import Block, Context, drop, fold_in, residual
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
+from jaxlm.parallel.context import zigzag, zigzag_order
+from jaxlm.parallel.rules import constrain, mesh_size
 from jaxlm.registry import Registry
 
 FAMILIES = Registry("model family", key="model.family")
@@ -25,6 +27,7 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.isolate = config.data.isolate_documents
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.context_method = config.kernels.context
         self.scan, self.remat, self.value_residual = m.scan_layers, m.remat, m.value_residual
         self.cache_shape = (m.num_kv_heads, m.head_dim)
         self.pattern = tuple(m.window if letter == "L" else 0 for letter in m.window_pattern)
@@ -45,12 +48,13 @@ class Transformer(nnx.Module):
             self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
                                                   m.param_dtype, num_inputs=1))
 
-    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, key=None, cache=None, cache_index=0):
-        """-> (x_BTD after the last norm, cache). `key` switches dropout on; `cache` is for decoding (`init_cache`)."""
+    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
+        """-> (x_BTD after the last norm, cache). `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`)."""
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
-        x_BTD = self.embedding[...][tokens_BT]
+        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
+        x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT]
         history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
         if cache is not None:
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
@@ -60,26 +64,34 @@ class Transformer(nnx.Module):
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
-        keys_L = None
-        if key is not None and self.dropout:
-            key, embed_key = jax.random.split(key)
-            x_BTD, keys_L = drop(x_BTD, self.dropout, embed_key), jax.random.split(key, len(self.windows))
-        context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT if self.isolate else None,
-                          backend=self.backend, dropout=self.dropout, cache_index=cache_index)
-        x_BTD, layer_cache = self._run_layers(x_BTD, context, keys_L, layer_cache)
-        return self.final_norm(x_BTD), None if cache is None else (history_BS, layer_cache)
+        keys_BT = None
+        if keys_B is not None and self.dropout:
+            keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
+            x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, len(self.windows)))
+        segment_ids_BT = segment_ids_BT if self.isolate else None
+        ring = self.context_method == "ring" and mesh_size("context") > 1
+        if ring:
+            order = zigzag_order(tokens_BT.shape[1])
+            x_BTD, positions_BT = zigzag(x_BTD), positions_BT[:, order]
+            keys_BT, segment_ids_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT))
+        context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
+                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method)
+        x_BTD, layer_cache = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
+        x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
+        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache)
 
-    def _run_layers(self, x_BTD, context, keys_L, cache):
+    def _run_layers(self, x_BTD, context, keys_BT, cache):
         """All blocks in order; a scan goes over whole periods of the window pattern, so that windows stay static."""
         graph, stacked = nnx.split(self.layers)
 
-        def block(x, value, state, key, layer_cache, window):
-            x, own_value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer_cache, key)
+        def block(x, value, state, layer, layer_cache, window):
+            keys = fold_in(keys_BT, layer)
+            x, own_value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer_cache, keys)
             return x, own_value if value is None else value, layer_cache
 
         if self.remat == "full":
             block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
-        xs = (stacked, keys_L, cache)
+        xs = (stacked, jnp.arange(len(self.windows)), cache)
         value, length, period = None, len(self.windows), len(self.pattern)
         if not self.scan:
             caches, layers = [], unstack(xs, length)
