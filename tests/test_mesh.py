@@ -8,14 +8,13 @@ import pytest
 
 from configs import default
 from jaxlm.config import resolve
-from jaxlm.errors import UserError
-from jaxlm.kernels.attention import BACKENDS, attend
+from jaxlm.kernels.attention import attend
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.context import zigzag_order
 from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, constrain, replicated, sharding_of, spec_of_axes, under_mesh
+from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
@@ -24,7 +23,7 @@ STEPS, VOCAB = 20, 48
 
 def tiny(**changes):
     c = default.get_config()
-    c.steps, c.batch_size, c.seq_len = STEPS, 32, 32
+    c.steps, c.batch_size, c.seq_len = STEPS, 64, 32
     c.model.num_layers, c.model.embed_dim, c.model.num_heads, c.model.num_kv_heads = 4, 32, 4, 2
     c.model.scan_layers, c.data.isolate_documents, c.mesh.data = True, True, 1
     for key, value in changes.items():
@@ -88,6 +87,9 @@ MESHES = {
     "data=2,fsdp=2,tensor=2": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
     "fsdp=2,context=4 ring": dict(mesh__fsdp=2, mesh__context=4),
     "fsdp=2,context=4 all_gather": dict(mesh__fsdp=2, mesh__context=4, kernels__context="all_gather"),
+    "stage=2,fsdp=4": dict(mesh__stage=2, mesh__fsdp=4),
+    "stage=2,tensor=2,data=2": dict(mesh__stage=2, mesh__tensor=2, mesh__data=2),
+    "stage=2,data=4 circular": dict(mesh__stage=2, mesh__data=4, mesh__pipeline_repeats=2),
     "context=2,tensor=2,data=2": dict(mesh__context=2, mesh__tensor=2, mesh__data=2),
 }
 
@@ -109,7 +111,8 @@ def test_context_parallel_attention_equals_plain(method, options):
 
     def weighted(q, k, v, order=slice(None)):
         keep = None if segments is None else segments[:, order]
-        out = attend(q[:, order], k[:, order], v[:, order], backend="plain", segment_ids_BT=keep, context_method=method, **options)
+        q, k, v = q[:, order], k[:, order], v[:, order]
+        out = attend(q, k, v, backend="plain", segment_ids_BT=keep, context_method=method, **options)
         return (out * d[:, order]).sum()
 
     def on_mesh(q, k, v):

@@ -87,7 +87,7 @@ def chunk_positions(device, half_length: int, count: int):
 
 def pair(tree):
     """(B, 2t, ...) leaves -> two trees, the low and the high chunk."""
-    return (jax.tree.map(lambda a: jnp.split(a, 2, axis=1)[i], tree) for i in (0, 1))
+    return (jax.tree.map(lambda a, i=i: jnp.split(a, 2, axis=1)[i], tree) for i in (0, 1))
 
 
 def rotate(tree):

@@ -7,6 +7,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.pipeline import microbatches
+from jaxlm.parallel.rules import BATCH
 
 AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 SLOW = ("data", "fsdp", "stage")  # axes that may reach over the slow network between slices or nodes
@@ -43,8 +45,9 @@ def hybrid_grid(devices, sizes: dict, slow: dict) -> np.ndarray:
         groups.setdefault(group_of(device), []).append(device)
     count, inner = math.prod(slow.values()), [sizes[a] // slow[a] for a in AXES]
     if len(groups) != count or any(len(g) != len(devices) // count for g in groups.values()):
-        raise UserError(f"mesh.dcn_*: their product is {count}, but the devices form {len(groups)} groups (slices or processes) of "
-                        f"{sorted({len(g) for g in groups.values()})}; make the product {len(groups)}")
+        sizes_found = sorted({len(g) for g in groups.values()})
+        raise UserError(f"mesh.dcn_*: their product is {count}, but the devices form {len(groups)} groups (slices or processes) "
+                        f"of {sizes_found}; make the product {len(groups)}")
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
@@ -70,8 +73,8 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if not 0 < used <= num_devices or (used < num_devices and open_axes):
         fixed = {axis: n for axis, n in sizes.items() if n > 1 and axis not in open_axes}
         known = math.prod(fixed.values())
-        problems.append(f"mesh {fixed or sizes} takes {known} devices or a multiple, and there are {num_devices}; choose sizes whose "
-                        f"product divides {num_devices}, such as {nearest_divisors(known, num_devices)}")
+        problems.append(f"mesh {fixed or sizes} takes {known} devices or a multiple, and there are {num_devices}; choose sizes "
+                        f"whose product divides {num_devices}, such as {nearest_divisors(known, num_devices)}")
         sizes = {axis: max(1, n) for axis, n in sizes.items()}
     for axis in SLOW:
         slow = getattr(config.mesh, f"dcn_{axis}")
@@ -87,20 +90,37 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
             problems.append(f"{name}={value} is not divisible by mesh {by} = {product}; use {name}="
                             f"{nearest_multiples(value, product)}, or mesh {by} = {nearest_divisors(product, value)}")
 
-    rows = ("data", "fsdp", "expert")
-    divides(config.batch_size // config.grad_accum_steps, "batch_size / grad_accum_steps", rows)
-    divides(config.eval.batch_size, "eval.batch_size", rows)
+    micro = config.batch_size // config.grad_accum_steps
+    divides(micro, "batch_size / grad_accum_steps", BATCH)
+    divides(config.eval.batch_size, "eval.batch_size", BATCH)
     divides(m.num_heads, "model.num_heads", ("tensor",))
     if m.num_heads % sizes["tensor"] == 0:
         divides(m.num_kv_heads, "model.num_kv_heads", ("tensor",))
     divides(m.mlp_dim, "model.mlp_dim", ("tensor",))
     divides(m.embed_dim, "model.embed_dim", ("fsdp",))
-    divides(m.num_layers, "model.num_layers", ("stage",))
-    if sizes["context"] > 1 and config.kernels.context == "ring":  # two chunks a device
-        if config.seq_len % (2 * sizes["context"]):
-            problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {2 * sizes['context']} (ring attention deals two "
-                            f"chunks to each device); use {nearest_multiples(config.seq_len, 2 * sizes['context'])}")
     divides(config.seq_len, "seq_len", ("context", "tensor"))
+    chunks = 2 * sizes["context"]
+    if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
+        problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to each "
+                        f"device); use seq_len={nearest_multiples(config.seq_len, chunks)}, or kernels.context=all_gather")
+    if sizes["stage"] > 1 and not problems:
+        problems += pipeline_problems(config, sizes, micro)
+    return problems
+
+
+def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
+    problems, m = [], config.model
+    runs, period = sizes["stage"] * config.mesh.pipeline_repeats, len(m.window_pattern)
+    if config.mesh.pipeline_repeats < 1 or m.num_layers % (runs * period):
+        each = f" x length of model.window_pattern = {runs * period}" if period > 1 else f" = {runs}"
+        problems.append(f"model.num_layers={m.num_layers} is not divisible by mesh stage x mesh.pipeline_repeats{each}; "
+                        f"use model.num_layers={nearest_multiples(m.num_layers, runs * period)}")
+    asked, stages = config.mesh.pipeline_microbatches, sizes["stage"]
+    for name, rows in (("batch_size / grad_accum_steps", micro), ("eval.batch_size", config.eval.batch_size)):
+        rows //= math.prod(sizes[a] for a in BATCH)
+        if not microbatches(rows, stages, asked):
+            problems.append(f"{name}: {rows} rows a device cannot be cut into {asked or f'{stages} to {2 * stages}'} micro-batches, at least one "
+                            f"for each of {stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of {asked or stages}")
     return problems
 
 
