@@ -112,17 +112,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.schedule.decay_shape = "linear"  # of wsd: linear, 1-sqrt
     c.schedule.final_fraction = 0.1  # the last learning rate as a share of the peak
 
-    c.mesh = ConfigDict()  # devices along each axis; -1: the rest
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
-    c.mesh.context = 1
-    c.mesh.expert = 1
-    c.mesh.stage = 1
+    c.mesh = ConfigDict()  # devices along each axis; -1: the rest. It changes speed and memory, never the loss
+    c.mesh.data = -1  # rows; parameters repeated
+    c.mesh.fsdp = 1  # rows; parameters and optimizer state cut up (ZeRO)
+    c.mesh.tensor = 1  # heads, feed-forward and vocabulary (Megatron), the sequence between them
+    c.mesh.context = 1  # the sequence
+    c.mesh.expert = 1  # rows; experts dealt out
+    c.mesh.stage = 1  # layers: a pipeline
+    c.mesh.dcn_data = 1  # of `data`, the factor that goes over the slow network between slices or nodes
+    c.mesh.dcn_fsdp = 1
+    c.mesh.dcn_stage = 1
+    c.mesh.zero_stage = 3  # cut up over fsdp: 3 parameters, gradients and optimizer state; 1 optimizer state only
+    c.mesh.pipeline_microbatches = 0  # parts of a micro-batch that fill the pipeline; 0: 2 a stage, or fewer if they must divide
+    c.mesh.pipeline_repeats = 1  # 1: GPipe; more: circular, each stage holds that many runs of layers and idles less
 
     c.kernels = ConfigDict()
     c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
     c.kernels.loss = "auto"  # auto, plain, chunked
+    c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = duration("25%")  # 0: the last step only, which is always saved

@@ -75,6 +75,10 @@ def start_jax(config=None) -> None:
     config = config or default.get_config()
     compile_cache = config.observe.compile_cache
     keep_freed_memory()
+    # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
+    # each core, can leave two collectives waiting for each other's threads for good.
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
+        os.environ.setdefault("PJRT_NPROC", "64")
     import jax
 
     # On a CPU a step that is sent ahead of its predecessor's end only takes a second work space beside the first.
@@ -157,14 +161,14 @@ def run_eval(args):
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
-    from jaxlm.parallel.mesh import batch_sharding
+    from jaxlm.parallel.rules import batch_sharding, under_mesh
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
         raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
-    eval_step = jax.jit(build_eval_step(run.model, build_objective(run.config)))
+    eval_step = jax.jit(under_mesh(run.mesh, build_eval_step(run.model, build_objective(run.config))))
     feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
     batches = run.data.valid.evaluation_batches(rows=feed.rows)
     result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}

@@ -147,11 +147,12 @@ def validate(config: ConfigDict) -> None:
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
-               "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked")}
+               "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
+               "kernels.context": ("ring", "all_gather"), "mesh.zero_stage": (1, 3)}
     for key, valid in choices.items():
         check(flat[key] in valid, f"{key}={flat[key]!r}: {did_you_mean(flat[key], valid)}")
-    for axis in ("context", "expert", "stage"):
-        check(c.mesh[axis] == 1, f"mesh.{axis}={c.mesh[axis]}: this axis is not supported yet; use 1")
+    for axis in ("data", "fsdp", "tensor", "context", "expert", "stage"):
+        check(c.mesh[axis] > 0 or c.mesh[axis] == -1, f"mesh.{axis}={c.mesh[axis]}: give a number of devices, or -1 for the rest")
     check(sum(v == -1 for v in c.mesh.values()) <= 1, "mesh: at most one axis may be -1 (the rest of the devices)")
     for key, value in flat.items():
         if key.endswith("_steps") and not problems:

@@ -5,6 +5,8 @@ import socket
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A collective holds a thread of each device until all have come; with fewer threads than those at once, it may never end.
+os.environ["PJRT_NPROC"] = "32"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 CACHE = os.environ.setdefault("JAXLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"jaxlm-tests-{os.getuid()}"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE, "xla")

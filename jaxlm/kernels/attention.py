@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.context import attend_on_mesh
+from jaxlm.parallel.rules import on_a_mesh
 from jaxlm.registry import Registry
 
 BACKENDS = Registry("attention backend", key="kernels.attention")
@@ -49,13 +51,17 @@ def choose_backend(config, platform: str) -> tuple[str, str]:
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: float = 0.0, segment_ids_BT=None,
-           first_query=0):
+           first_query=0, context_method: str = "ring"):
     """Causal attention -> out_BTNH. Scores are scaled by 1/sqrt(H).
 
     window: a query sees its own position and the window-1 before it; 0: all before it.
     segment_ids_BT: a query sees keys of its own segment only.
     first_query: position of the first query among the keys, when decoding with a cache (S > T).
+    context_method: under a mesh that cuts the sequence up, see `jaxlm.parallel.context`.
     """
+    if on_a_mesh():  # training and evaluation; decoding runs without one
+        return attend_on_mesh(BACKENDS[backend].attend, q_BTNH, k_BSKH, v_BSKH, window=window, softcap=softcap,
+                              segment_ids_BT=segment_ids_BT, method=context_method)
     return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
 
 

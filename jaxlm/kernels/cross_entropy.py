@@ -4,23 +4,29 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.matmul import dense
+from jaxlm.parallel.rules import constrain, mesh_size
 
 # Above this many logits per device the head and the loss go over slices (2 GiB in float32).
 CHUNK_ABOVE = 2**29
 
 
-def token_losses(logits_NV, targets_N, z_loss: float, label_smoothing: float):
-    """-> (loss_N with the extras, plain cross-entropy nll_N), float32."""
-    logits_NV = logits_NV.astype(jnp.float32)
-    lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
-    nll_N = lse_N - jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-    loss_N = nll_N
+def token_losses(logits_BTV, targets_BT, z_loss: float, label_smoothing: float):
+    """-> (loss_BT with the extras, plain cross-entropy nll_BT), float32."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    if mesh_size("tensor") > 1:  # each device finds the target in its share of the vocabulary, or not; a look-up would gather all
+        hit = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+        target_BT = jnp.sum(jnp.where(hit, logits_BTV, 0), axis=-1)
+    else:
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = lse_BT - target_BT
+    loss_BT = nll_BT
     if label_smoothing:
-        uniform_N = lse_N - jnp.mean(logits_NV, axis=-1)
-        loss_N = (1 - label_smoothing) * nll_N + label_smoothing * uniform_N
+        uniform_BT = lse_BT - jnp.mean(logits_BTV, axis=-1)
+        loss_BT = (1 - label_smoothing) * nll_BT + label_smoothing * uniform_BT
     if z_loss:  # keeps the log of the normaliser near zero (PaLM, arXiv:2204.02311)
-        loss_N = loss_N + z_loss * jnp.square(lse_N)
-    return loss_N, nll_N
+        loss_BT = loss_BT + z_loss * jnp.square(lse_BT)
+    return loss_BT, nll_BT
 
 
 def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: float, label_smoothing: float,
@@ -31,26 +37,31 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
     same pass, while its logits are there (as Liger Kernel does, arXiv:2410.10989): they are never all in memory, and never
     computed twice; "auto" chunks when there would be more logits than `CHUNK_ABOVE`. Chunked, only the first sum has a gradient.
     """
-    B, T, _ = x_BTD.shape
+    B, T, D = x_BTD.shape
     V = kernel_DV.shape[1]
     kernel_DV = kernel_DV.astype(x_BTD.dtype)
 
     def sums(x, kernel, targets, mask):
-        logits = dense(x, kernel)
+        logits = constrain(dense(x, kernel), "batch", "seq", "vocab")
         if cap:
             logits = cap * jnp.tanh(logits.astype(jnp.float32) / cap)
-        loss, nll = token_losses(logits.reshape(-1, V), targets.reshape(-1), z_loss, label_smoothing)
-        return jnp.vdot(loss, mask.reshape(-1)), jnp.vdot(nll, mask.reshape(-1))
+        loss, nll = token_losses(logits, targets, z_loss, label_smoothing)
+        return jnp.sum(loss * mask), jnp.sum(nll * mask)
 
-    chunks = max(1, -(-B * T * V // CHUNK_ABOVE)) if method == "auto" else (8 if method == "chunked" else 1)
-    while T % chunks:  # slices of equal length
+    context, devices = mesh_size("context"), mesh_size("data", "fsdp", "expert", "context", "tensor")
+    chunks = max(1, -(-B * T * V // devices // CHUNK_ABOVE)) if method == "auto" else (8 if method == "chunked" else 1)
+    while T // context % chunks:  # slices of equal length
         chunks += 1
     if chunks == 1:
         return sums(x_BTD, kernel_DV, targets_BT, mask_BT)
 
     def slices(*arrays):
-        # Along the sequence: the batch axis may be sharded, and cutting that would move data.
-        return tuple(jnp.stack(jnp.split(a, chunks, axis=1)) for a in arrays)
+        # Along the part of the sequence that each device holds: any other cut would move data.
+        return tuple(a.reshape(B, context, chunks, -1, *a.shape[2:]).transpose(2, 0, 1, *range(3, a.ndim + 2))
+                     .reshape(chunks, B, -1, *a.shape[2:]) for a in arrays)
+
+    def whole(slices_CBTD):
+        return slices_CBTD.reshape(chunks, B, context, -1, D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
 
     @jax.custom_vjp
     def chunked(x, kernel, targets, mask):
@@ -68,7 +79,7 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
 
         zero = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32))
         (loss, nll, dkernel), dxs = jax.lax.scan(add, zero, slices(x, targets, mask))
-        return (loss, nll), (jnp.concatenate(list(dxs), axis=1), dkernel)
+        return (loss, nll), (whole(dxs), dkernel)
 
     def backward(gradients, cotangents):
         dx, dkernel = gradients

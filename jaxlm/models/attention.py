@@ -1,6 +1,7 @@
 """Attention: queries, keys and values from x, then one of the kernels of `jaxlm.kernels.attention`."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import attend
@@ -30,19 +31,23 @@ class Attention(nnx.Module):
         if m.value_residual:
             self.mix = parameter(rngs, (), (), constant(0.5), m.param_dtype)
 
-    def __call__(self, x_BTD, context, window: int, first_value=None, cache=None):
-        """-> (x_BTD, v_BSKH of this layer before mixing, cache with this step's keys and values written).
+    def __call__(self, x_BTD, context, window: int, first_value=None, is_first=False, cache=None):
+        """-> (x_BTD, v_BSKH of the first layer, cache with this step's keys and values written).
 
         context: what is the same for all layers (rope tables, positions, segment_ids, backend).
-        window: sliding-window length, 0 for none. first_value: v_BSKH of the first layer, for value residuals.
+        window: sliding-window length, 0 for none.
+        first_value: v_BSKH of the first layer, for value residuals; None in the first layer itself. In a pipeline, where
+        one program is every layer, is_first (traced) says so instead.
         cache: (k_BSKH, v_BSKH) of decoding, written from `context.cache_index` on.
         """
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if hasattr(self, "query_norm"):
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         q_BTNH, k_BSKH = rotate(q_BTNH, context.rope), rotate(k_BSKH, context.rope)
-        own_value = v_BSKH
-        if hasattr(self, "mix") and first_value is not None:
+        if first_value is None:
+            first_value = v_BSKH
+        elif hasattr(self, "mix"):
+            first_value = jnp.where(is_first, v_BSKH, first_value) if is_first is not False else first_value
             mix = self.mix[...].astype(v_BSKH.dtype)
             v_BSKH = (1 - mix) * v_BSKH + mix * first_value
         if cache is not None:
@@ -51,8 +56,9 @@ class Attention(nnx.Module):
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), at)
             cache = (k_BSKH, v_BSKH)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
-                          segment_ids_BT=context.segment_ids, first_query=context.cache_index)
-        return self.out(out_BTNH), own_value, cache
+                          segment_ids_BT=context.segment_ids, first_query=context.cache_index,
+                          context_method=context.context_method)
+        return self.out(out_BTNH), first_value, cache
 
 
 class Projection(nnx.Module):

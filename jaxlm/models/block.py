@@ -10,6 +10,7 @@ from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.feedforward import FEEDFORWARDS
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal
+from jaxlm.parallel.rules import constrain
 
 
 class Context(NamedTuple):
@@ -20,6 +21,7 @@ class Context(NamedTuple):
     backend: str  # attention backend
     dropout: float
     cache_index: Any = 0  # where this call's first token stands, when decoding
+    context_method: str = "ring"  # how attention sees keys on other devices
 
 
 class Inits(NamedTuple):
@@ -51,19 +53,35 @@ class Block(nnx.Module):
             self.norm2 = build_norm(config, m.embed_dim, rngs)
         self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
 
-    def __call__(self, x_BTD, context: Context, window, first_value=None, cache=None, key=None):
-        """-> (x_BTD, v_BSKH, cache). A serial block is attention, then feed-forward; a parallel one adds both at once."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        h_BTD = self.norm1(x_BTD)
-        a_BTD, value, cache = self.attention(h_BTD, context, window, first_value, cache)
-        x_BTD = x_BTD + drop(a_BTD, context.dropout, keys[0])
+    def __call__(self, x_BTD, context: Context, window, first_value=None, is_first=False, cache=None, keys_BT=None):
+        """-> (x_BTD, v_BSKH of the first layer, cache). A serial block is attention, then feed-forward; a parallel one adds both at once."""
+        h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
+        a_BTD, value, cache = self.attention(h_BTD, context, window, first_value, is_first, cache)
+        x_BTD = x_BTD + drop(residual(a_BTD), context.dropout, fold_in(keys_BT, 0))
         if not self.parallel:
-            h_BTD = self.norm2(x_BTD)
-        return x_BTD + drop(self.feedforward(h_BTD), context.dropout, keys[1]), value, cache
+            h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
+        return x_BTD + drop(residual(self.feedforward(h_BTD)), context.dropout, fold_in(keys_BT, 1)), value, cache
 
 
-def drop(x, rate: float, key):
-    """Dropout; off where there is no key (evaluation)."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def residual(x_BTD):
+    """As the residual stream lies on the mesh."""
+    return constrain(x_BTD, "batch", "norm_seq", None)
+
+
+def fold_in(keys, number):
+    """`jax.random.fold_in` for an array of keys; None stays None."""
+    if keys is None:
+        return None
+    fold = lambda key: jax.random.fold_in(key, number)
+    for _ in keys.shape:
+        fold = jax.vmap(fold)
+    return fold(keys)
+
+
+def drop(x_BTD, rate: float, keys_BT):
+    """Dropout; off where there are no keys (evaluation). A key for each token, so that the same numbers are dropped however
+    rows and sequence are cut up."""
+    if keys_BT is None or rate == 0.0:
+        return x_BTD
+    kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[2:])))(keys_BT)
+    return jnp.where(kept, x_BTD / (1 - rate), 0)

@@ -6,11 +6,14 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.kernels.matmul import dense
-from jaxlm.models.block import Block, Context, drop
+from jaxlm.models.block import Block, Context, drop, fold_in, residual
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
+from jaxlm.parallel.context import zigzag, zigzag_order
+from jaxlm.parallel.pipeline import run_pipeline
+from jaxlm.parallel.rules import constrain, mesh_size
 from jaxlm.registry import Registry
 
 FAMILIES = Registry("model family", key="model.family")
@@ -25,6 +28,8 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.isolate = config.data.isolate_documents
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.context_method = config.kernels.context
+        self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.remat, self.value_residual = m.scan_layers, m.remat, m.value_residual
         self.cache_shape = (m.num_kv_heads, m.head_dim)
         self.pattern = tuple(m.window if letter == "L" else 0 for letter in m.window_pattern)
@@ -45,12 +50,13 @@ class Transformer(nnx.Module):
             self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
                                                   m.param_dtype, num_inputs=1))
 
-    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, key=None, cache=None, cache_index=0):
-        """-> (x_BTD after the last norm, cache). `key` switches dropout on; `cache` is for decoding (`init_cache`)."""
+    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
+        """-> (x_BTD after the last norm, cache). `keys_B`, one a row, switch dropout on; `cache` (of `init_cache`) is for decoding."""
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
-        x_BTD = self.embedding[...][tokens_BT]
+        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
+        x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT]
         history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
         if cache is not None:
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
@@ -60,56 +66,72 @@ class Transformer(nnx.Module):
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
-        keys_L = None
-        if key is not None and self.dropout:
-            key, embed_key = jax.random.split(key)
-            x_BTD, keys_L = drop(x_BTD, self.dropout, embed_key), jax.random.split(key, len(self.windows))
-        context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT if self.isolate else None,
-                          backend=self.backend, dropout=self.dropout, cache_index=cache_index)
-        x_BTD, layer_cache = self._run_layers(x_BTD, context, keys_L, layer_cache)
-        return self.final_norm(x_BTD), None if cache is None else (history_BS, layer_cache)
+        keys_BT = None
+        if keys_B is not None and self.dropout:
+            keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
+            x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, len(self.windows)))
+        segment_ids_BT = segment_ids_BT if self.isolate else None
+        ring = self.context_method == "ring" and mesh_size("context") > 1
+        if ring:
+            order = zigzag_order(tokens_BT.shape[1])
+            x_BTD, positions_BT = zigzag(x_BTD), positions_BT[:, order]
+            keys_BT, segment_ids_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT))
+        context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
+                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method)
+        x_BTD, layer_cache = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
+        x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
+        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache)
 
-    def _run_layers(self, x_BTD, context, keys_L, cache):
-        """All blocks in order; a scan goes over whole periods of the window pattern, so that windows stay static."""
+    def _run_layers(self, x_BTD, context, keys_BT, cache):
+        """All blocks in order -> (x_BTD, cache); over the stages of a pipeline where the mesh has them."""
         graph, stacked = nnx.split(self.layers)
+        if mesh_size("stage") == 1:
+            return self._run_some(graph, stacked, 0, x_BTD, None, context, keys_BT, cache)[1:]
+        value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype) if self.value_residual else None
+        known = context.rope is not None and len(context.rope[0]) == 1  # the same for every row: not dealt out
 
-        def block(x, value, state, key, layer_cache, window):
-            x, own_value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer_cache, key)
-            return x, own_value if value is None else value, layer_cache
+        def stage(layers, first_layer, x, rows):
+            rope, segment_ids, keys = rows
+            here = context._replace(rope=context.rope if known else rope, segment_ids=segment_ids)
+            value, x, _ = self._run_some(graph, layers, first_layer, *x, here, keys, None)
+            return x, value
+
+        rows = (None if known else context.rope, context.segment_ids, keys_BT)
+        x_BTD, _ = run_pipeline(stage, stacked, (x_BTD, value), rows, asked=self.microbatches, repeats=self.pipeline_repeats)
+        return residual(x_BTD), None
+
+    def _run_some(self, graph, stacked, first_layer, x_BTD, value, context, keys_BT, cache):
+        """The stacked blocks, from `first_layer` (traced in a pipeline) on -> (value, x_BTD, cache). `value` is v_BSKH of the
+        first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern: windows stay static."""
+        length, period = len(jax.tree.leaves(stacked)[0]), len(self.pattern)
+
+        def block(x, value, state, layer, layer_cache, window):
+            keys = fold_in(keys_BT, layer)
+            x, value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
+            return x, value if self.value_residual else None, layer_cache
 
         if self.remat == "full":
             block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
-        xs = (stacked, keys_L, cache)
-        value, length, period = None, len(self.windows), len(self.pattern)
         if not self.scan:
-            caches, layers = [], unstack(xs, length)
-            for layer, window in zip(layers, self.windows, strict=True):
-                x_BTD, value, out = block(x_BTD, value, *layer, window)
-                value = value if self.value_residual else None
+            caches = []
+            for i, (state, layer_cache) in enumerate(unstack((stacked, cache), length)):
+                x_BTD, value, out = block(x_BTD, value, state, first_layer + i, layer_cache, self.pattern[i % period])
                 caches.append(out)
-            return x_BTD, None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+            return value, x_BTD, None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+        if self.value_residual and value is None:
+            value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype)
 
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
             for i, window in enumerate(self.pattern):
                 x, value, out = block(x, value, *jax.tree.map(lambda a, i=i: a[i], xs_P), window)
-                value = value if self.value_residual else None
                 outs.append(out)
             return (x, value), (None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *outs))
 
-        head = 0
-        if self.value_residual:  # the first period makes the value that all later ones carry
-            first = jax.tree.map(lambda a: a[:period], xs)
-            (x_BTD, value), first_out = run_period((x_BTD, None), first)
-            head = period
-        rest = jax.tree.map(lambda a: a[head:].reshape(-1, period, *a.shape[1:]), xs)
-        (x_BTD, _), out = jax.lax.scan(run_period, (x_BTD, value), rest)
-        if cache is None:
-            return x_BTD, None
-        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
-        if head:
-            out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_out, out)
-        return x_BTD, out
+        xs = (stacked, first_layer + jnp.arange(length), cache)
+        xs = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), xs)
+        (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs)
+        return value, x_BTD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @property
     def head_kernel(self):

@@ -28,7 +28,8 @@ from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
-from jaxlm.parallel.mesh import batch_sharding, build_mesh, replicated
+from jaxlm.parallel.mesh import build_mesh
+from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_eval_step, build_train_step
@@ -53,7 +54,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     model = build_model(config, data.vocab_size, backend)
     objective = build_objective(config)
     optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
-    train_step = build_train_step(config, model, objective, optimizer, schedule)
+    train_step = under_mesh(mesh, build_train_step(config, model, objective, optimizer, schedule))
     steps, log_every = config.steps, config.observe.log_every
     duration = lambda value, key: steps_of(value, full_config, key)
     eval_every = duration(config.eval.every_steps, "eval.every_steps")
@@ -78,7 +79,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
     init = build_init(config, model, optimizer)
     abstract = jax.eval_shape(init, 0)
-    shardings = state_shardings(mesh, model, abstract)
+    shardings = state_shardings(mesh, model, abstract, config.mesh.zero_stage)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
     latest = checkpoints.latest()
@@ -108,7 +109,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)).lower(
         abstract, abstract_batch, hyper).compile()
     compile_seconds = time.time() - compile_began
-    eval_step = jax.jit(build_eval_step(model, objective))
+    eval_step = jax.jit(under_mesh(mesh, build_eval_step(model, objective)))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     windows = tuple(config.model.window if letter == "L" else 0 for letter in config.model.window_pattern)

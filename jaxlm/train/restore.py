@@ -48,15 +48,14 @@ def open_run(workdir: str, overrides=()) -> Run:
     from jaxlm.checkpoint.manager import Checkpoints
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
-    from jaxlm.parallel.mesh import build_mesh, sharding_of
-    from jaxlm.train.state import build_model, is_spec
+    from jaxlm.parallel.mesh import build_mesh
+    from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
     mesh, data = build_mesh(config), build_data(config)
     backend, _ = choose_backend(config, jax.default_backend())
     model = build_model(config, data.vocab_size, backend)
-    abstract = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding_of(mesh, s.axes, s.shape)),
-        model.specs, is_leaf=is_spec)
+    abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
+                            parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)
     directory = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(directory):
         raise UserError(f"--workdir={workdir}: no checkpoints there yet; train first")

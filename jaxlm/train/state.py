@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlm.models.parameter import ParamSpec, spec_of
 from jaxlm.models.transformer import FAMILIES
-from jaxlm.parallel.mesh import replicated, sharding_of
+from jaxlm.parallel.rules import constrain, replicated, rules_of_parameters, sharding_of
 
 
 class Model(NamedTuple):
@@ -77,17 +77,28 @@ def build_init(config, model: Model, optimizer):
     return init
 
 
-def state_shardings(mesh, model: Model, abstract_state):
-    """A sharding per leaf: parameters by their axes, and every other leaf shaped like one of them (moments) the same
-    way; the rest (counters, factored moments) replicated."""
-    by_path = {path: (spec.shape, sharding_of(mesh, spec.axes, spec.shape))
-               for path, spec in flatten_paths(model.specs).items()}
+def parameter_shardings(mesh, model: Model, zero_stage: int):
+    rules = rules_of_parameters(zero_stage)
+    return jax.tree.map(lambda s: sharding_of(mesh, s.axes, s.shape, rules), model.specs, is_leaf=is_spec)
+
+
+def state_shardings(mesh, model: Model, abstract_state, zero_stage: int = 3):
+    """A sharding per leaf: parameters by their axes, and every other leaf shaped like one of them (moments, averages) too,
+    cut up over fsdp also where ZeRO-1 repeats the parameters; the rest (counters, factored moments) replicated."""
+    specs, whole = flatten_paths(model.specs), rules_of_parameters(zero_stage)
 
     def shard(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for known, (shape, sharding) in by_path.items():
-            if name.endswith("/" + known) and leaf.shape == shape:
-                return sharding
+        rules = (whole,) if name.startswith("params/") else ()
+        for known, spec in specs.items():
+            if name.endswith("/" + known) and leaf.shape == spec.shape:
+                return sharding_of(mesh, spec.axes, spec.shape, *rules)
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(shard, abstract_state)
+
+
+def lay_out(model: Model, tree):
+    """A tree like the parameters, on the ambient mesh as the optimizer state lies: for gradients, this makes of their sum over
+    devices a reduce-scatter."""
+    return jax.tree.map(lambda spec, x: constrain(x, *spec.axes), model.specs, tree, is_leaf=is_spec)

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.parallel.rules import constrain
+from jaxlm.train.state import lay_out
+
 
 def build_train_step(config, model, objective, optimizer, schedule):
     """-> train_step(state, batch, hyper) -> (state, metrics), to be jitted with `state` donated.
@@ -18,26 +21,33 @@ def build_train_step(config, model, objective, optimizer, schedule):
 
     def train_step(state, batch, hyper):
         params, step = state["params"], state["step"]
-        key = jax.random.fold_in(jax.random.key(hyper["seed"]), step) if dropout else None
+        keys_B = None
+        if dropout:  # a key for each row of the batch, so that neither accumulation nor mesh changes what is dropped
+            key = jax.random.fold_in(jax.random.key(hyper["seed"]), step)
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch["tokens"].shape[0]))
 
-        def loss_fn(params, micro, key):
-            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, params), micro, key=key)
+        def loss_fn(params, rows):
+            micro, keys_B = rows
+            micro = {name: constrain(a, "batch", "seq") for name, a in micro.items()}
+            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, params), micro, keys_B=keys_B)
             return loss_sum, (weight_sum, aux["nll"])
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        def gradient(params, rows):
+            (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+            return sums, lay_out(model, grads)
+
         if accum == 1:
-            (_, (weight, nll)), grads = gradient(params, batch, key)
+            (weight, nll), grads = gradient(params, (batch, keys_B))
         else:
             # Rows are dealt out in turn, so that each micro-batch keeps the sharding of the whole.
-            micros = jax.tree.map(lambda a: a.reshape(-1, accum, *a.shape[1:]).swapaxes(0, 1), batch)
+            micros = jax.tree.map(lambda a: a.reshape(-1, accum, *a.shape[1:]).swapaxes(0, 1), (batch, keys_B))
 
-            def accumulate(total, xs):
-                micro, i = xs
-                (_, sums), grads = gradient(params, micro, None if key is None else jax.random.fold_in(key, i))
-                return jax.tree.map(jnp.add, total, (sums, grads)), None
+            def accumulate(total, rows):
+                return jax.tree.map(jnp.add, total, gradient(params, rows)), None
 
-            zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-            ((weight, nll), grads), _ = jax.lax.scan(accumulate, zero, (micros, jnp.arange(accum)))
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            zero = ((jnp.zeros(()), jnp.zeros(())), lay_out(model, zeros))
+            ((weight, nll), grads), _ = jax.lax.scan(accumulate, zero, micros)
 
         weight = jnp.maximum(weight, 1.0)  # a batch of padding only: a zero gradient, not 0/0
         grads = jax.tree.map(lambda g: g / weight, grads)
