@@ -87,8 +87,8 @@ def start_jax(config=None) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    command = hashlib.sha256(json.dumps([sys.argv[1:2], config.to_json()]).encode()).hexdigest()[:12]
-    distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"config": command})
+    command = hashlib.sha256(json.dumps([sys.argv[1:], config.to_json()]).encode()).hexdigest()[:12]
+    distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"command and config": command})
 
 
 def keep_freed_memory() -> None:

@@ -12,10 +12,11 @@ fi
 shift
 command -v jaxlm > /dev/null || source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 
-gpus=0
+devices=()
 if [[ ${JAX_PLATFORMS:-} != cpu ]] && command -v nvidia-smi > /dev/null; then
-    gpus=$(nvidia-smi --list-gpus | wc -l)
+    IFS=, read -r -a devices <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
 fi
+gpus=${#devices[@]}
 if ((gpus)); then
     export JAXLM_LOCAL_DEVICES=${JAXLM_LOCAL_DEVICES:-$((gpus / n))}
     if ((JAXLM_LOCAL_DEVICES * n > gpus || JAXLM_LOCAL_DEVICES == 0)); then
@@ -32,7 +33,7 @@ export JAXLM_COORDINATOR=127.0.0.1:$port JAXLM_NUM_PROCESSES=$n
 pids=()
 for ((i = 0; i < n; i++)); do
     if ((gpus)); then
-        CUDA_VISIBLE_DEVICES=$(seq -s, $((i * JAXLM_LOCAL_DEVICES)) $(((i + 1) * JAXLM_LOCAL_DEVICES - 1)))
+        CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${devices[*]:i * JAXLM_LOCAL_DEVICES:JAXLM_LOCAL_DEVICES}")
         export CUDA_VISIBLE_DEVICES
     fi
     JAXLM_PROCESS_ID=$i jaxlm train "$@" &

@@ -165,8 +165,8 @@ def test_a_death_is_heard_at_once_and_a_silence_in_time():
     assert (0, 2, 1, ["process 2 ended without a word (killed, or its machine lost)"]) in failures
     run = Run(range(2), 2, peer=1.0)
     run.peers[1]._last_beat = time.monotonic() + 1000  # alive, but says nothing
-    failures = run.wait_for_failures(1)
-    assert failures[0][:3] == (0, 1, 1) and "no sign of life for 1 s" in failures[0][3][0]
+    (told, process, code, lines), = run.wait_for_failures(1)
+    assert (told, process, code) == (0, 1, 1) and "no sign of life for 1 s" in lines[0]
 
 
 def test_a_failure_is_told_to_all_with_its_code():

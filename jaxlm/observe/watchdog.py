@@ -1,5 +1,6 @@
 """A watch over progress: a run that hangs ends, with the stack of every thread, instead of waiting for ever."""
 
+import math
 import threading
 import time
 
@@ -10,13 +11,14 @@ class Watchdog:
     """Calls `on_hang(message)` in a thread of its own once there was no `beat` for the time allowed.
 
     Args:
-        seconds: allowed between steps; 0 turns the watch off.
+        seconds: allowed between steps; 0 turns the watch off. It begins with the first `beat`: what comes before, such as
+            making a token store of a large text, takes the time it takes.
     """
 
     def __init__(self, seconds: float, on_hang):
         self.seconds, self.on_hang = seconds, on_hang
         self.closed = threading.Event()
-        self.beat("starting", SLOW)
+        self.beat("starting", math.inf)
         if seconds:
             threading.Thread(target=self._watch, name="jaxlm-watchdog", daemon=True).start()
 

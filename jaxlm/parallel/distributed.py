@@ -4,7 +4,8 @@ The contract, for every launcher:
     JAXLM_COORDINATOR    host:port of process 0; the port is free on its machine, the same in all processes
     JAXLM_NUM_PROCESSES  processes of the run
     JAXLM_PROCESS_ID     this one's number, 0 ... JAXLM_NUM_PROCESSES - 1
-    JAXLM_LOCAL_DEVICES  (optional) devices that each process must see
+    JAXLM_LOCAL_DEVICES  (optional) devices that each process must see; of GPUs, those it takes where several processes share
+                         a machine (default 1)
 What is not given is taken from Open MPI, Slurm, a Kubernetes JobSet or a TPU pod. With one process, nothing happens.
 
 Everything here but `start` and `leave` also works with one process, where it costs nothing.
@@ -163,6 +164,8 @@ def start(join_seconds: float, peer_seconds: float, facts: dict) -> None:
     global _peers, _place, _about
     place = detect()
     if place is None:
+        if os.environ.get("JAXLM_LOCAL_DEVICES"):
+            check_devices()
         return
     import jax
 
@@ -183,7 +186,7 @@ def start(join_seconds: float, peer_seconds: float, facts: dict) -> None:
         host = place.coordinator.rsplit(":", 1)[0]
         jax.distributed.initialize(f"{host}:{_peers.jax_port}", place.num_processes, place.process_id,
                                    local_device_ids=devices_of(place), cluster_detection_method="deactivate", **options)
-    check_devices(jax)
+    check_devices()
     _about = (f"process {place.process_id} of {place.num_processes} (by {place.source}), process 0 at "
               f"{place.coordinator}, {jax.local_device_count()} of {jax.device_count()} devices here")
 
@@ -199,7 +202,10 @@ def start_by_jax(place: Place, options: dict) -> Place | None:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    jax.distributed.initialize(**options)
+    try:
+        jax.distributed.initialize(**options)
+    except OSError:  # no metadata to be had: a TPU that is not a cloud's pod
+        return None
     if jax.process_count() == 1:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -219,8 +225,10 @@ def devices_of(place: Place) -> list[int] | None:
     return list(range(place.local_process * each, (place.local_process + 1) * each))
 
 
-def check_devices(jax) -> None:
+def check_devices() -> None:
     """All processes see JAXLM_LOCAL_DEVICES devices. Raises UserError, in every process the same."""
+    import jax
+
     problems = []
     expected = number_of(os.environ, "JAXLM_LOCAL_DEVICES", problems)
     counts = gather([expected, jax.local_device_count()], "devices")
@@ -293,8 +301,7 @@ def leave(code: int, lines: list[str], process: int | None = None) -> None:
     for line in lines:
         text = f"jaxlm: {prefix}{line}"
         process_log.write(text)
-        if here or is_main() or code == 1:
-            print(text, file=sys.stderr)
+        print(text, file=sys.stderr)
     if code == 1:
         dump_stacks()
     sys.stdout.flush()

@@ -71,6 +71,7 @@ class Peers:
         self.peer_seconds, self.beat_seconds = peer_seconds, min(10.0, peer_seconds / 6)
         self.connections: dict[int, Connection] = {}
         self.cond = threading.Condition()
+        self.silent: set[int] = set()
         self.closing = self.failing = False
         self._gathers = 0  # of this process, done or under way
         self._values: dict[int, dict] = {}  # process 0: gather number -> {process: (label, value)}
@@ -211,8 +212,8 @@ class Peers:
             for connection in list(self.connections.values()):
                 connection.send("alive")
         for process, connection in list(self.connections.items()):
-            if now - connection.heard > self.peer_seconds and not self.failing:
-                self._drop(process)
+            if now - connection.heard > self.peer_seconds and process not in self.silent and not self.failing:
+                self.silent.add(process)
                 self.on_failure(process, 1, [f"process {process}: no sign of life for {self.peer_seconds:.0f} s "
                                              "(stopped, or its machine or network hangs)"])
 
@@ -344,11 +345,11 @@ class Peers:
         self._broadcast("fail", process=process, code=code, lines=lines)
         deadline = time.monotonic() + LINGER_SECONDS
         if threading.current_thread() is self.thread:
-            while self.connections and time.monotonic() < deadline:
+            while self.connections.keys() - self.silent and time.monotonic() < deadline:
                 self._turn()
         else:
             with self.cond:
-                self.cond.wait_for(lambda: not self.connections, LINGER_SECONDS)
+                self.cond.wait_for(lambda: not self.connections.keys() - self.silent, LINGER_SECONDS)
 
     def close(self) -> None:
         """All have come to the end; returns when all are there."""

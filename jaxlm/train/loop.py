@@ -72,6 +72,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     if unread := config.unread(default.get_config()):
         raise UserError(*unread)
     share(lambda: open_run_directory(workdir, full_config, allow_config_change), "run directory")
+    alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
     process_log.write(about_processes())
     writers = build_writers(config, workdir)

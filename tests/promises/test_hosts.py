@@ -158,6 +158,14 @@ def test_a_stopped_process_is_noticed_in_time(environment, tmp_path):
     assert "process 1: no sign of life for 4 s" in cluster.output and "most recent call first" in cluster.output
 
 
+def test_a_hang_of_one_process_alone_ends_with_the_stacks(environment, tmp_path):
+    cluster = Cluster({**environment, "ROW_HANG": "3"}, tmp_path / "hung", 1, 1, "--config.observe.hang_seconds=3.0")
+    assert cluster.wait() == 1, cluster.output
+    assert "jaxlm: no progress for 3 s while training" in cluster.output
+    for text in (cluster.output, (cluster.workdir / "logs" / "process-0.log").read_text()):
+        assert "row_recorder.py" in text and "train/loop.py" in text  # the thread that hangs, and the one that waits for it
+
+
 def test_sigterm_on_one_process_stops_all_and_another_mesh_goes_on(environment, alone, tmp_path):
     cluster = Cluster(environment, tmp_path / "elastic", 2, 4, "--config.mesh.fsdp=8", sleep=0.4)
     cluster.wait_for_step(3)
