@@ -114,13 +114,13 @@ def packed(config, isolate, **flags):
 
 def test_rows_cover_every_target_once(config):
     store, rows = packed(config, False, pad_last=True)
-    targets = np.concatenate([rows.row(i)["targets"][rows.row(i)["loss_mask"] > 0] for i in range(len(rows))])
-    np.testing.assert_array_equal(targets, store.tokens(1, store.num_tokens))
+    batch = rows.take(range(len(rows)))
+    np.testing.assert_array_equal(batch["targets"][batch["loss_mask"] > 0], store.tokens(1, store.num_tokens))
 
 
 def test_isolated_documents_have_segments_positions_and_no_loss_across(config):
     store, rows = packed(config, True, pad_last=False)
-    row = rows.row(0)  # a b c d e eos f g | target of the last is eos
+    row = {name: a[0] for name, a in rows.take([0]).items()}  # a b c d e eos f g | target of the last is eos
     np.testing.assert_array_equal(row["segment_ids"], [1] * 6 + [2] * 2)
     np.testing.assert_array_equal(row["positions"], [0, 1, 2, 3, 4, 5, 0, 1])
     np.testing.assert_array_equal(row["loss_mask"], [1, 1, 1, 1, 1, 0, 1, 1])
@@ -138,10 +138,15 @@ def test_prefetch_from_any_step_gives_the_same_batches_and_hands_over_errors(con
     write(config, "a.txt", "the quick brown fox " * 30)
     config.data.jitter = True
     batches = build_data(config).train
-    stream = batches.prefetched(5, lambda b: b["tokens"])
+    sent = []
+    stream = batches.prefetched(5, lambda arrays: sent.append(sorted(arrays)) or arrays)
     for step in (5, 6, 7):
-        np.testing.assert_array_equal(next(stream), batches.batch(step)["tokens"])
+        batch, again = next(stream), batches.batch(step)
+        assert batch.keys() == again.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], again[name])
     stream.close()
+    assert sent[0] == sorted(again) and sent[1] == sent[2] == ["targets", "tokens"]  # what does not change is sent once
     with pytest.raises(ZeroDivisionError):
         next(batches.prefetched(0, lambda b: 1 / 0))
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.packing import NAMES, PackedRows
+from jaxlm.data.packing import PackedRows, whole
 from jaxlm.data.store import open_store
 from jaxlm.data.tokenizers import ByteTokenizer
 from jaxlm.errors import UserError
@@ -60,11 +60,11 @@ class SyntheticRows:
     def __len__(self) -> int:
         return 2**20
 
-    def row(self, index: int, offset: int = 0) -> dict[str, np.ndarray]:
-        window = np.random.default_rng((self.seed, index)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
-        ones = np.ones(self.seq_len, np.int32)
-        return {"tokens": window[:-1], "targets": window[1:], "segment_ids": ones, "loss_mask": ones.astype(np.float32),
-                "positions": np.arange(self.seq_len, dtype=np.int32)}
+    def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
+        """As `PackedRows.take`; there is no grid to move."""
+        window = np.stack([np.random.default_rng((self.seed, i)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
+                           for i in indices])
+        return {"tokens": window[:, :-1], "targets": window[:, 1:], **whole(len(window), self.seq_len)}
 
 
 class Batches:
@@ -86,9 +86,10 @@ class Batches:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T)."""
-        first = step * self.batch_size
-        return stack([self.rows.row(int(self.order[i]), self._offset(i // len(self.rows)))
-                      for i in range(first, first + self.batch_size)])
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = [i // len(self.rows) for i in places]
+        offsets = {epoch: self._offset(epoch) for epoch in set(epochs)}
+        return self.rows.take([int(self.order[i]) for i in places], [offsets[epoch] for epoch in epochs])
 
     def _offset(self, epoch: int) -> int:
         """Tokens by which the row grid is moved in this epoch."""
@@ -98,20 +99,23 @@ class Batches:
         """Rows in order; the last batch is filled up with rows whose loss_mask is 0. limit: batches, 0 for all."""
         count = -(-len(self.rows) // self.batch_size)
         for i in range(min(count, limit) if limit else count):
-            rows = [self.rows.row(j) for j in range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows)))]
-            rows += [{name: np.zeros_like(a) for name, a in rows[0].items()}] * (self.batch_size - len(rows))
-            yield stack(rows)
+            batch = self.rows.take(range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows))))
+            missing = self.batch_size - len(batch["tokens"])
+            yield {name: np.pad(a, ((0, missing), (0, 0))) for name, a in batch.items()} if missing else batch
 
     def prefetched(self, start_step: int, put: Callable) -> Iterator:
-        """`put(batch(step))` for start_step, start_step + 1, ...; a thread stays `data.prefetch` batches ahead, so both
-        reading and the copy to the device happen behind the running step. Close the generator to end the thread."""
+        """`batch(step)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
+        `data.prefetch` batches ahead, so both reading and the copy to the device happen behind the running step. Close the
+        generator to end the thread."""
         ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
 
         def work():
-            step = start_step
+            step, host, item = start_step, {}, {}
             while not closed.is_set():
                 try:
-                    item = put(self.batch(step))
+                    before, host = host, self.batch(step)
+                    # What comes again, as `packing.whole` does, is on the device already.
+                    item = item | put({name: a for name, a in host.items() if name not in before or a is not before[name]})
                 except BaseException as error:  # handed to the consumer, whatever it is
                     item = error
                 while not closed.is_set():
@@ -135,7 +139,3 @@ class Batches:
         finally:
             closed.set()
             thread.join()
-
-
-def stack(rows: list[dict]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in NAMES}

@@ -1,8 +1,8 @@
 """Packing: row i of a split, concatenate-and-split, as a pure function of i."""
 
-import numpy as np
+import functools
 
-NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+import numpy as np
 
 
 class PackedRows:
@@ -21,22 +21,36 @@ class PackedRows:
     def __len__(self) -> int:
         return self.length
 
-    def row(self, index: int, offset: int = 0) -> dict[str, np.ndarray]:
-        """-> int32 (T,) arrays tokens, targets, segment_ids (0 is padding), positions; float32 loss_mask."""
-        T, start = self.seq_len, offset + index * self.seq_len
-        ids = self.store.tokens(start, start + T + 1)
-        live = len(ids) - 1
-        window = np.zeros(T + 1, np.int32)
-        window[: len(ids)] = ids
-        at = np.arange(T + 1)
+    def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
+        """Rows `indices` (B,), each moved by its offset in tokens -> int32 (B, T) arrays tokens, targets, segment_ids (0 is
+        padding), positions; float32 loss_mask. Not to be written to: `whole` shares its arrays."""
+        T, store = self.seq_len, self.store
+        start_B = np.asarray(indices) * T + offsets
+        window = np.zeros((len(start_B), T + 1), np.int32)
+        for row, start in zip(window, start_B.tolist(), strict=True):
+            ids = store.tokens(start, start + T + 1)
+            row[: len(ids)] = ids
+        batch = {"tokens": window[:, :-1], "targets": window[:, 1:]}
+        at, live_B1 = np.arange(T + 1), store.num_tokens - 1 - start_B[:, None]
+        if not self.isolate and live_B1.min() >= T:
+            return batch | whole(*batch["tokens"].shape)
         if self.isolate:
-            starts = self.store.document_starts
-            document = np.searchsorted(starts, start + at, side="right") - 1
-            segments = document - document[0] + 1
-            positions = np.minimum(start + at - starts[document], at)
+            at_BT = start_B[:, None] + at
+            document = np.searchsorted(store.document_starts, at_BT, side="right") - 1
+            segments = document - document[:, :1] + 1
+            positions = np.minimum(at_BT - store.document_starts[document], at)
         else:
-            segments, positions = np.ones(T + 1, np.int32), at
-        mask = (at[:T] < live) & (segments[1:] == segments[:-1])
-        return {"tokens": window[:-1], "targets": window[1:],
-                "segment_ids": np.where(at[:T] < live, segments[:-1], 0).astype(np.int32),
-                "positions": positions[:-1].astype(np.int32), "loss_mask": mask.astype(np.float32)}
+            segments, positions = np.ones_like(window), np.broadcast_to(at, window.shape)
+        mask = (at[:T] < live_B1) & (segments[:, 1:] == segments[:, :-1])
+        return batch | {"segment_ids": np.where(at[:T] < live_B1, segments[:, :-1], 0).astype(np.int32),
+                        "positions": positions[:, :-1].astype(np.int32), "loss_mask": mask.astype(np.float32)}
+
+
+@functools.lru_cache(maxsize=4)
+def whole(B: int, T: int) -> dict[str, np.ndarray]:
+    """What rows without padding or document borders have in common: made once, not once a step, and read-only."""
+    arrays = {"segment_ids": np.ones((B, T), np.int32), "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+              "loss_mask": np.ones((B, T), np.float32)}
+    for array in arrays.values():
+        array.setflags(write=False)
+    return arrays

@@ -175,7 +175,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     def read_back(item):
         """Metrics of a finished step: the host waits for step n only after n+1 was sent to the device."""
         step, on_device = item
-        metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
+        logged = step % log_every == 0 or step == steps
+        wanted = on_device if logged else {k: on_device[k] for k in ("finite", "tokens", "bad_leaf")}
+        metrics = {k: v.item() for k, v in jax.device_get(wanted).items()}
         totals["tokens"] += int(metrics["tokens"])
         if totals["first_step"] is None:
             totals["first_step"] = time.time() - began
@@ -187,7 +189,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 raise Diverged(f"{message}; the state before it was kept. Lower optimizer.learning_rate, or set "
                                "optimizer.nonfinite=skip")
             progress.message(f"{message}; update skipped")
-        if step % log_every == 0 or step == steps:
+        if logged:
             rates = clock.lap(step, totals["tokens"])
             totals["train_loss"] = metrics["loss"]
             speed = rates["tokens_per_second"]
