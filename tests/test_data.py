@@ -138,10 +138,15 @@ def test_prefetch_from_any_step_gives_the_same_batches_and_hands_over_errors(con
     write(config, "a.txt", "the quick brown fox " * 30)
     config.data.jitter = True
     batches = build_data(config).train
-    stream = batches.prefetched(5, lambda b: b["tokens"])
+    sent = []
+    stream = batches.prefetched(5, lambda arrays: sent.append(sorted(arrays)) or arrays)
     for step in (5, 6, 7):
-        np.testing.assert_array_equal(next(stream), batches.batch(step)["tokens"])
+        batch, again = next(stream), batches.batch(step)
+        assert batch.keys() == again.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], again[name])
     stream.close()
+    assert sent[0] == sorted(again) and sent[1] == sent[2] == ["targets", "tokens"]  # what does not change is sent once
     with pytest.raises(ZeroDivisionError):
         next(batches.prefetched(0, lambda b: 1 / 0))
 

@@ -47,20 +47,27 @@ def packed_batch(c, seed):
             "loss_mask": mask.astype(np.float32)}
 
 
-def run(c, steps=STEPS):
-    """-> (losses, first gradient as Adam's first moment, the state)."""
+HYPER = {"learning_rate": np.float32(3e-3), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
+
+
+def build(c):
+    """-> (mesh, model, init, shardings of the state, jitted step)."""
     mesh = build_mesh(c)
     model = build_model(c, VOCAB, "plain")
     optimizer = build_optimizer(c, model.specs)
     step = under_mesh(mesh, build_train_step(c, model, build_objective(c), optimizer, build_schedule(c)))
     init = build_init(c, model, optimizer)
     shardings = state_shardings(mesh, model, jax.eval_shape(init, 0), c.mesh.zero_stage)
+    return mesh, model, init, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def run(c, steps=STEPS):
+    """-> (losses, first gradient as Adam's first moment, the state)."""
+    mesh, _, init, shardings, step = build(c)
     state = jax.jit(init, out_shardings=shardings)(3)
-    hyper = {"learning_rate": np.float32(3e-3), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     losses, gradient = [], None
     for i in range(steps):
-        state, metrics = step(state, jax.device_put(packed_batch(c, i), batch_sharding(mesh)), hyper)
+        state, metrics = step(state, jax.device_put(packed_batch(c, i), batch_sharding(mesh)), HYPER)
         losses.append(float(metrics["loss"]))
         gradient = jax.device_get(state["opt_state"]["mu"]) if gradient is None else gradient
     return losses, gradient, state

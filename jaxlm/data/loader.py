@@ -109,15 +109,18 @@ class Batches:
             yield {name: np.pad(a[: len(real)], ((0, missing), (0, 0))) for name, a in batch.items()} if missing else batch
 
     def prefetched(self, start_step: int, put: Callable, rows=None) -> Iterator:
-        """`put(batch(step, rows))` for start_step, start_step + 1, ...; a thread stays `data.prefetch` batches ahead, so both
-        reading and the copy to the device happen behind the running step. Close the generator to end the thread."""
+        """`batch(step, rows)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
+        `data.prefetch` batches ahead, so both reading and the copy to the device happen behind the running step. Close the
+        generator to end the thread."""
         ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
 
         def work():
-            step = start_step
+            step, host, item = start_step, {}, {}
             while not closed.is_set():
                 try:
-                    item = put(self.batch(step, rows))
+                    before, host = host, self.batch(step, rows)
+                    # What comes again, as `packing.whole` does, is on the device already.
+                    item = item | put({name: a for name, a in host.items() if name not in before or a is not before[name]})
                 except BaseException as error:  # handed to the consumer, whatever it is
                     item = error
                 while not closed.is_set():

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.parameter import constant, parameter
+from jaxlm.parallel.rules import constrain
 from jaxlm.registry import Registry
 
 FEEDFORWARDS = Registry("feed-forward", key="model.feedforward")
@@ -25,9 +26,8 @@ class FeedForward(nnx.Module):
         self.down = Linear(m, rngs, m.mlp_dim, m.embed_dim, ("mlp", "embed"), inits.output(m.mlp_dim))
 
     def __call__(self, x_BTD):
-        if hasattr(self, "gate"):
-            return self.down(self._activate(self.gate(x_BTD), self.up(x_BTD)))
-        return self.down(self._activate(self.up(x_BTD)))
+        inner = (self.gate, self.up) if hasattr(self, "gate") else (self.up,)
+        return self.down(self._activate(*(constrain(layer(x_BTD), "batch", "seq", "mlp") for layer in inner)))
 
     @partial(jax.checkpoint, static_argnums=0)
     def _activate(self, h_BTF, up_BTF=None):

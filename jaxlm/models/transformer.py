@@ -51,7 +51,7 @@ class Transformer(nnx.Module):
                                                   m.param_dtype, num_inputs=1))
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
-        """-> (x_BTD after the last norm, cache). `keys_B`, one a row, switch dropout on; `cache` (of `init_cache`) is for decoding."""
+        """-> (x_BTD after the last norm, cache). `keys_B`, one a row: dropout is on. `cache` (`init_cache`): for decoding."""
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
@@ -102,7 +102,8 @@ class Transformer(nnx.Module):
 
     def _run_some(self, graph, stacked, first_layer, x_BTD, value, context, keys_BT, cache):
         """The stacked blocks, from `first_layer` (traced in a pipeline) on -> (value, x_BTD, cache). `value` is v_BSKH of the
-        first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern: windows stay static."""
+        first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern, so that windows
+        stay static."""
         length, period = len(jax.tree.leaves(stacked)[0]), len(self.pattern)
 
         def block(x, value, state, layer, layer_cache, window):

@@ -104,8 +104,8 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     divides(config.seq_len, "seq_len", ("context", "tensor"))
     chunks = 2 * sizes["context"]
     if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
-        problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to each "
-                        f"device); use seq_len={nearest_multiples(config.seq_len, chunks)}, or kernels.context=all_gather")
+        problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to "
+                        f"each device); use seq_len={nearest_multiples(config.seq_len, chunks)}, or kernels.context=all_gather")
     if sizes["stage"] > 1 and not problems:
         problems += pipeline_problems(config, sizes, micro)
     return problems
@@ -122,8 +122,9 @@ def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
     for name, rows in (("batch_size / grad_accum_steps", micro), ("eval.batch_size", config.eval.batch_size)):
         rows //= math.prod(sizes[a] for a in BATCH)
         if not microbatches(rows, stages, asked):
-            problems.append(f"{name}: {rows} rows a device cannot be cut into {asked or f'{stages} to {2 * stages}'} micro-batches, at least one "
-                            f"for each of {stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of {asked or stages}")
+            parts = asked or f"{stages} to {2 * stages}"
+            problems.append(f"{name}: {rows} rows a device cannot be cut into {parts} micro-batches, at least one for each of "
+                            f"{stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of {max(asked, stages)} rows")
     return problems
 
 

@@ -50,22 +50,27 @@ def build_train_step(config, model, objective, optimizer, schedule):
             ((weight, nll), grads), _ = jax.lax.scan(accumulate, zero, micros)
 
         weight = jnp.maximum(weight, 1.0)  # a batch of padding only: a zero gradient, not 0/0
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
+        squares = jnp.stack([jnp.sum(jnp.square((g / weight).astype(jnp.float32))) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
-        if clip_norm:
-            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12)) if clip_norm else jnp.ones(())
         finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
-
         learning_rate = hyper["learning_rate"] * schedule(step)
-        new_params, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate, hyper["weight_decay"])
-        new_state = {"params": new_params, "opt_state": opt_state}
-        if ema_decay:
-            new_state["ema"] = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state["ema"], new_params)
-        # A bad update never reaches the state, whatever the policy: the device decides, the host hears of it later.
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state,
-                                 {k: state[k] for k in new_state})
+
+        def update(old, grads):
+            grads = jax.tree.map(lambda g: g / weight * shrink.astype(g.dtype), grads)
+            params, opt_state = optimizer.update(grads, old["opt_state"], old["params"], learning_rate, hyper["weight_decay"])
+            new = {"params": params, "opt_state": opt_state}
+            if ema_decay:
+                new["ema"] = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, old["ema"], params)
+            return new
+
+        # A bad update never reaches the state, whatever the policy: the device decides, the host hears of it later. An
+        # accelerator fuses a select into the update, where a branch would wait for the host; a CPU would copy all moments.
+        old = {name: value for name, value in state.items() if name != "step"}
+        if jax.default_backend() == "cpu":
+            new_state = jax.lax.cond(finite, update, lambda old, grads: old, old, grads)
+        else:
+            new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(old, grads), old)
         bad = ~jnp.isfinite(squares)
         metrics = {
             "loss": nll / weight,

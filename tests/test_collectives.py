@@ -1,0 +1,92 @@
+"""What each mesh's compiled step sends and how much memory it takes, against stored facts: a change that alters them says so by
+writing the file anew, `JAXLM_UPDATE_GOLDEN=1 python -m pytest tests/test_collectives.py`."""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_mesh import HYPER, MESHES, build, packed_batch, tiny
+
+from jaxlm.parallel.rules import batch_sharding
+from jaxlm.plan.collectives import collectives_of, summary
+from jaxlm.train.state import flatten_paths
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "meshes.json"
+VERSION = f"{jax.__version__} {jax.default_backend()}"  # what the compiler does is its own, version by version
+
+
+@functools.cache
+def compiled(mesh_name):
+    c = tiny(**MESHES[mesh_name])
+    mesh, model, init, shardings, step = build(c)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(init, 0), shardings)
+    rows = batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for name, a in packed_batch(c, 0).items()}
+    program = step.lower(abstract, batch, HYPER).compile()
+    return c, mesh, model, abstract, program, collectives_of(program.as_text(), mesh)
+
+
+def facts(mesh_name):
+    _, _, _, _, program, collectives = compiled(mesh_name)
+    memory = program.memory_analysis()
+    return {"collectives": summary(collectives), "state_and_batch_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_compiled_step_is_the_stored_one(mesh):
+    stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("JAXLM_UPDATE_GOLDEN"):
+        stored.setdefault(VERSION, {})[mesh] = facts(mesh)
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(stored, indent=1) + "\n")
+    if VERSION not in stored:
+        pytest.skip(f"no stored facts for JAX {VERSION}; write them with JAXLM_UPDATE_GOLDEN=1")
+    found, wanted = facts(mesh), stored[VERSION][mesh]
+    assert found["collectives"] == wanted["collectives"]
+    assert found["state_and_batch_bytes"] == wanted["state_and_batch_bytes"]
+    assert found["temporary_bytes"] <= 1.02 * wanted["temporary_bytes"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_nothing_whole_is_gathered(mesh):
+    """No gather of a stacked parameter outside the layer loop, no gather of the batch, and no axis but the mesh's own."""
+    c, axes, _, _, _, collectives = compiled(mesh)
+    used = {name for name, size in axes.shape.items() if size > 1}
+    if c.mesh.zero_stage == 3:  # of all arrays only stacked parameters begin with the number of layers
+        assert not [x for x in collectives if x.kind == "all-gather" and not x.in_loop and f"[{c.model.num_layers}," in x.shape]
+    rows = f"[{c.batch_size},{c.seq_len}"
+    assert not [x for x in collectives if x.kind == "all-gather" and (f"s32{rows}" in x.shape or f"{rows}," in x.shape)]
+    assert {a for x in collectives for a in x.axes} <= used
+
+
+def test_fsdp_memory_is_a_share_plus_one_layer():
+    c, _, model, abstract, program, _ = compiled("fsdp=8")
+    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    layer = sum(4 * int(np.prod(s.shape[1:])) for s in flatten_paths(model.specs).values() if s.stacked)
+    batch = sum(a.nbytes for a in packed_batch(c, 0).values()) / 8
+    assert program.memory_analysis().argument_size_in_bytes <= state / 8 + layer + batch
+
+
+def test_the_reader_of_hlo():
+    text = """HloModule m
+%body (p: f32[4]) -> f32[4] {
+  %ag = f32[8,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[4,2]T(1,0), dimensions={0}
+  %cp = f32[4]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+}
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = f32[4] while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %ar = (f32[10]{0}, bf16[2]{0}) all-reduce-start(%b, %c), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %rs = f32[5]{0} reduce-scatter(%b), replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'b'}, dimensions={0}
+}
+"""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("x", "y", "z"))
+    found = {c.kind: c for c in collectives_of(text, mesh)}
+    assert found["all-gather"][1:] == (("y",), "f32[8,16]", 3, 256, True)
+    assert found["collective-permute"][1:] == (("z",), "f32[4]", 3, 16, True)
+    assert found["all-reduce"][1:] == (("y", "z"), "(f32[10], bf16[2])", 1, 66, False)
+    assert found["reduce-scatter"][1:] == (("y",), "f32[5]", 1, 20, False)
