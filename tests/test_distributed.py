@@ -7,8 +7,8 @@ import time
 import pytest
 
 from jaxlm.errors import PeerLost, UserError
-from jaxlm.parallel.distributed import Place, detect, devices_of
 from jaxlm.parallel.peers import Connection, Peers, free_port
+from jaxlm.parallel.place import Place, detect, devices_of
 
 ALL = {"JAXLM_COORDINATOR": "node1:8476", "JAXLM_NUM_PROCESSES": "4", "JAXLM_PROCESS_ID": "3", "JAX_PLATFORMS": "cpu"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-010,12],login", "SLURM_STEP_NUM_TASKS": "9",

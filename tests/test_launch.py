@@ -38,7 +38,7 @@ def test_the_jobset_is_one_by_its_api():
     assert job["completionMode"] == "Indexed" and str(job["completions"]) == str(job["parallelism"]) == env["JAXLM_NUM_PROCESSES"]
     assert env["JAXLM_LOCAL_DEVICES"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
 
-    from jaxlm.parallel.distributed import detect
+    from jaxlm.parallel.place import detect
 
     pod = {"JOB_COMPLETION_INDEX": "1", "JOBSET_NAME": jobset["metadata"]["name"],
            "REPLICATED_JOB_NAME": jobset["spec"]["replicatedJobs"][0]["name"], "JAX_PLATFORMS": "cpu",
@@ -84,6 +84,10 @@ def test_tpu_vm_runs_the_command_on_every_machine_and_again_after_preemption(tmp
 
 
 # ---- Slurm ---------------------------------------------------------------------------------------------------------------
+
+TINY = ["--config=configs/default.py", "--config.batch_size=4", "--config.seq_len=8", "--config.model.num_layers=1",
+        "--config.model.embed_dim=16", "--config.model.num_heads=1", "--config.eval.batches=1",
+        "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0", "--config.observe.log_every=10"]
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +169,7 @@ PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 def test_slurm_trains_on_two_tasks_requeues_after_sigterm_and_ends(slurm, tmp_path):
     run = tmp_path / "run"
     args = ["sbatch", "--ntasks-per-node=2", f"--output={tmp_path}/out", "launch/slurm.sbatch", f"--workdir={run}",
-            "--config=configs/default.py", "--config.steps=200", "--config.batch_size=4", "--config.seq_len=8",
-            "--config.model.num_layers=1", "--config.model.embed_dim=16", "--config.model.num_heads=1",
-            "--config.eval.batches=1", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0",
-            "--config.observe.log_every=10"]
+            *TINY, "--config.steps=200"]
     submitted = subprocess.run(args, env=slurm, capture_output=True, text=True)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.split()[-1]
@@ -188,6 +189,18 @@ def test_slurm_trains_on_two_tasks_requeues_after_sigterm_and_ends(slurm, tmp_pa
     assert steps == [*range(10, 201, 10), 200]
     assert sorted(p.name for p in (run / "logs").iterdir()) == ["process-0.log", "process-1.log"]
     wait_for(lambda: {"JobState=COMPLETED", "ExitCode=0:0"} <= set(ask("scontrol", "show", "job", job).split()), tmp_path)
+
+
+def test_a_job_that_is_cancelled_stays_so(slurm, tmp_path):
+    args = ["sbatch", "--ntasks-per-node=2", f"--output={tmp_path}/out", "launch/slurm.sbatch", f"--workdir={tmp_path}/run",
+            *TINY, "--config.steps=100000"]
+    job = subprocess.run(args, env=slurm, capture_output=True, text=True, check=True).stdout.split()[-1]
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 2, tmp_path)
+    subprocess.run(["scancel", job], env=slurm, check=True)
+    state = lambda: subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True).stdout
+    wait_for(lambda: "JobState=CANCELLED" in state() and "forcing job termination" in (tmp_path / "out").read_text(), tmp_path)
+    time.sleep(7)  # longer than KillWait: the batch script has ended
+    assert "JobState=CANCELLED" in state() and "back to the queue" not in (tmp_path / "out").read_text()
 
 
 def wait_for(condition, tmp_path, seconds=150):
