@@ -85,6 +85,7 @@ def test_tpu_vm_runs_the_command_on_every_machine_and_again_after_preemption(tmp
 
 # ---- Slurm ---------------------------------------------------------------------------------------------------------------
 
+one_worker = pytest.mark.xdist_group("slurm")
 TINY = ["--config=configs/default.py", "--config.batch_size=4", "--config.seq_len=8", "--config.model.num_layers=1",
         "--config.model.embed_dim=16", "--config.model.num_heads=1", "--config.eval.batches=1",
         "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0", "--config.observe.log_every=10"]
@@ -166,6 +167,7 @@ PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
             daemon.wait(30)
 
 
+@one_worker
 def test_slurm_trains_on_two_tasks_requeues_after_sigterm_and_ends(slurm, tmp_path):
     run = tmp_path / "run"
     args = ["sbatch", "--ntasks-per-node=2", f"--output={tmp_path}/out", "launch/slurm.sbatch", f"--workdir={run}",
@@ -191,6 +193,7 @@ def test_slurm_trains_on_two_tasks_requeues_after_sigterm_and_ends(slurm, tmp_pa
     wait_for(lambda: {"JobState=COMPLETED", "ExitCode=0:0"} <= set(ask("scontrol", "show", "job", job).split()), tmp_path)
 
 
+@one_worker
 def test_a_job_that_is_cancelled_stays_so(slurm, tmp_path):
     args = ["sbatch", "--ntasks-per-node=2", f"--output={tmp_path}/out", "launch/slurm.sbatch", f"--workdir={tmp_path}/run",
             *TINY, "--config.steps=100000"]

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.xdist_group("hosts")  # one worker, so that the runs they compare with are made once
 STEPS = 8
 BASE = ["--config=configs/default.py", f"--config.steps={STEPS}", "--config.batch_size=8", "--config.seq_len=16",
         "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
