@@ -119,8 +119,9 @@ def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
         over = math.prod(sizes[a] for a in BATCH)
         if rows % over == 0 and not microbatches(rows // over, stages, asked):
             parts = asked or f"{stages} to {2 * stages}"
-            problems.append(f"{name}: {rows // over} rows a device cannot be cut into {parts} micro-batches, one or more for each "
-                            f"of {stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of {max(asked, stages)}")
+            problems.append(f"{name}: {rows // over} rows a device cannot be cut into {parts} micro-batches, one or more for "
+                            f"each of {stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of "
+                            f"{max(asked, stages)}")
     return problems
 
 
