@@ -113,6 +113,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.schedule.final_fraction = 0.1  # the last learning rate as a share of the peak
 
     c.mesh = ConfigDict()  # devices along each axis; -1: the rest. It changes speed and memory, never the loss
+    c.mesh.auto = False  # choose the sizes below by memory and batch, and say why; also written --config.mesh=auto
     c.mesh.data = -1  # rows; parameters repeated
     c.mesh.fsdp = 1  # rows; parameters and optimizer state cut up (ZeRO)
     c.mesh.tensor = 1  # heads, feed-forward and vocabulary (Megatron), the sequence between them

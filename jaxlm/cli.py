@@ -231,6 +231,30 @@ def run_report(args):
     print(write_report(args.workdir))
 
 
+def add_plan(verb):
+    add_config(verb)
+    verb.add_argument("--devices", type=int, default=0, help="plan for this many (CPU) devices; default: those of this machine")
+    verb.add_argument("--table", action="store_true", required=True, help="parameter, shape, mesh axes, bytes on one device")
+
+
+def run_plan(args):
+    """Where each parameter will lie, before anything is launched."""
+    from jaxlm.config import load
+
+    config = load(args.config, args.overrides)
+    if args.devices:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={args.devices}"
+    start_jax()
+    from jaxlm.data.loader import build_data
+    from jaxlm.parallel.mesh import build_mesh
+    from jaxlm.parallel.table import sharding_table
+    from jaxlm.train.state import build_model, flatten_paths
+
+    model = build_model(config, config.model.vocab_size or build_data(config).vocab_size, "plain")
+    mesh = build_mesh(config, model.num_parameters)
+    print("\n".join(sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage)))
+
+
 def run_doctor(args):
     """Versions, devices, what each attention backend says of this machine, and a 10-second self-test."""
     import importlib.metadata
@@ -271,6 +295,7 @@ VERBS = {
     "train": (run_train, add_train),
     "eval": (run_eval, add_eval),
     "generate": (run_generate, add_generate),
+    "plan": (run_plan, add_plan),
     "report": (run_report, add_workdir),
     "doctor": (run_doctor, lambda verb: None),
 }

@@ -58,6 +58,7 @@ def apply_overrides(config: ConfigDict, overrides: list[str]) -> None:
         if not override.startswith("--config.") or not equals:
             problems.append(f"{override}: unknown argument; config keys are set with --config.key=value")
             continue
+        name, text = ("mesh.auto", "True") if (name, text) == ("mesh", "auto") else (name, text)
         *groups, leaf = name.split(".")
         node, known = config, True
         for group in groups:

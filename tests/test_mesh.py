@@ -5,16 +5,19 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from configs import default
 from jaxlm.config import resolve
+from jaxlm.errors import UserError
 from jaxlm.kernels.attention import attend
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.context import zigzag_order
-from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
+from jaxlm.parallel.mesh import AXES, build_mesh, hybrid_grid
+from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_of_axes, under_mesh
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
@@ -128,3 +131,85 @@ def test_context_parallel_attention_equals_plain(method, options):
     expected = jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(q, k, v)
     found = jax.jit(jax.value_and_grad(under_mesh(mesh, on_mesh), (0, 1, 2)))(*jax.device_put((q, k, v), replicated(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_all_that_does_not_fit_is_said_at_once_with_values_that_do():
+    def problems(**changes):
+        with pytest.raises(UserError) as error:
+            build_mesh(tiny(**changes))
+        return error.value.problems
+
+    assert "takes 3 devices or a multiple, and there are 8" in problems(mesh__data=-1, mesh__tensor=3)[0]
+    found = problems(mesh__stage=8, mesh__data=3, model__num_layers=6, batch_size=8)
+    assert "takes 24 devices" in found[0] and "use batch_size / grad_accum_steps=6 or 9" in found[1]
+    assert any("model.num_layers=6 is not divisible by mesh stage" in p and "use model.num_layers=8" in p for p in found)
+    assert "use model.num_heads=8, or mesh tensor = 4" in problems(mesh__tensor=8)[0]
+    found = problems(mesh__context=8, seq_len=36)
+    assert "seq_len=36" in found[0] and "use seq_len=32 or 48" in found[1]
+    assert "cannot be cut into 2 to 4 micro-batches" in problems(mesh__stage=2, mesh__data=4, batch_size=4)[0]
+    assert "mesh.dcn_data=3: must divide mesh.data=8; use 2 or 4" in problems(mesh__data=8, mesh__dcn_data=3)
+    assert "form 1 groups" in problems(mesh__data=8, mesh__dcn_data=2)[0]
+
+
+def test_rules_refuse_unknown_and_colliding_axes():
+    with pytest.raises(ValueError, match="'embedding' is not in RULES"):
+        spec_of_axes(("embedding",))
+    with pytest.raises(ValueError, match="'tensor' twice"):
+        spec_of_axes(("heads", "mlp"))
+    mesh = build_mesh(tiny(mesh__tensor=2, mesh__fsdp=4))
+    assert sharding_of(mesh, ("vocab", "embed"), (65, 32)).spec == PartitionSpec(None, "fsdp")  # 65 characters do not divide
+
+
+@pytest.mark.parametrize("slow", [dict(data=2), dict(data=2, fsdp=2), dict(stage=4)])
+def test_a_slow_axis_changes_group_and_a_fast_one_does_not(slow):
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, i):
+            self.id, self.process_index = i, i // 4
+
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1, "expert": 1, "stage": 4}
+    count = int(np.prod(list(slow.values())))
+    devices = [Device(i) for i in range(32)]
+    for device in devices:
+        device.process_index = device.id // (32 // count)
+    grid = hybrid_grid(devices, sizes, {axis: slow[axis] if axis in slow else 1 for axis in AXES})
+    assert grid.shape == tuple(sizes.values()) and len({d.id for d in grid.ravel()}) == 32
+    group = np.vectorize(lambda d: d.process_index)(grid)
+    for i, axis in enumerate(AXES):
+        blocks = np.split(group, slow[axis] if axis in slow else 1, axis=i)
+        for block in blocks:  # inside a block, going along the axis never changes group
+            assert (block == np.take(block, [0], axis=i)).all(), axis
+    assert len(np.unique(group)) == count
+
+
+def test_auto_cuts_up_only_what_memory_asks_for():
+    class Device:
+        process_index = 0
+
+        def memory_stats(self):
+            return {"bytes_limit": 80 * 2**30}
+
+    devices = [Device()] * 8
+    axes = lambda parameters, **changes: choose_axes(tiny(**changes), parameters, devices)
+    assert axes(10**9)[0] == {"data": 8, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, "stage": 1}
+    assert axes(8 * 10**9)[0]["fsdp"] == 4 and "119.21 GiB" in axes(8 * 10**9)[1]
+    assert axes(10**11)[0]["fsdp"] == 8 and "may not fit" in axes(10**11)[1]
+    sizes, why = axes(10**9, batch_size=2)
+    assert (sizes["data"], sizes["context"]) == (2, 4) and "2 rows divide among 2 of 8 devices" in why
+    mesh = build_mesh(tiny(mesh__auto=True), 10**6)
+    assert mesh.size == 8
+
+
+def test_dropout_does_not_depend_on_the_mesh():
+    expected = run(tiny(model__dropout=0.2), steps=2)[0]
+    assert expected != reference()[0][:2]
+    for mesh in (dict(mesh__fsdp=2, mesh__context=4), dict(mesh__stage=2, mesh__data=4), dict(grad_accum_steps=4)):
+        np.testing.assert_allclose(run(tiny(model__dropout=0.2, **mesh), steps=2)[0], expected, rtol=1e-5)
+
+
+def test_value_residual_and_windows_in_a_pipeline():
+    changes = dict(model__value_residual=True, model__window=5, model__window_pattern="LG")
+    expected = run(tiny(**changes), steps=3)[0]
+    for mesh in (dict(mesh__stage=2, mesh__tensor=2, mesh__data=2), dict(mesh__fsdp=2, mesh__context=2, mesh__tensor=2)):
+        np.testing.assert_allclose(run(tiny(**changes, **mesh), steps=3)[0], expected, rtol=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.pipeline import microbatches
 from jaxlm.parallel.rules import BATCH
 
@@ -14,14 +15,14 @@ AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 SLOW = ("data", "fsdp", "stage")  # axes that may reach over the slow network between slices or nodes
 
 
-def build_mesh(config, devices=None) -> Mesh:
+def build_mesh(config, num_parameters: int = 0, devices=None) -> Mesh:
     """The mesh of `config.mesh`, its axes in the order AXES, all `AxisType.Auto`.
 
-    With a `dcn_` factor the outer part of that axis goes over slices (TPU) or processes. Raises UserError with everything
-    that does not fit, each with the nearest values that do.
+    num_parameters: of the model, for `mesh.auto`. With a `dcn_` factor the outer part of that axis goes over slices (TPU) or
+    processes. Raises UserError with everything that does not fit, each with the nearest values that do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = axis_sizes(config, len(devices))
+    sizes = choose_axes(config, num_parameters, devices)[0] if config.mesh.auto else axis_sizes(config, len(devices))
     if problems := mesh_problems(config, sizes, len(devices)):
         raise UserError(*problems)
     slow = {axis: getattr(config.mesh, f"dcn_{axis}") if axis in SLOW else 1 for axis in AXES}
@@ -106,9 +107,7 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
         problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to "
                         f"each device); use seq_len={nearest_multiples(config.seq_len, chunks)}, or kernels.context=all_gather")
-    if sizes["stage"] > 1 and not problems:
-        problems += pipeline_problems(config, sizes, micro)
-    return problems
+    return problems + (pipeline_problems(config, sizes, micro) if sizes["stage"] > 1 else [])
 
 
 def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
@@ -120,11 +119,12 @@ def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
                         f"use model.num_layers={nearest_multiples(m.num_layers, runs * period)}")
     asked, stages = config.mesh.pipeline_microbatches, sizes["stage"]
     for name, rows in (("batch_size / grad_accum_steps", micro), ("eval.batch_size", config.eval.batch_size)):
-        rows //= math.prod(sizes[a] for a in BATCH)
-        if not microbatches(rows, stages, asked):
+        over = math.prod(sizes[a] for a in BATCH)
+        if rows % over == 0 and not microbatches(rows // over, stages, asked):
             parts = asked or f"{stages} to {2 * stages}"
-            problems.append(f"{name}: {rows} rows a device cannot be cut into {parts} micro-batches, at least one for each of "
-                            f"{stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of {max(asked, stages)} rows")
+            problems.append(f"{name}: {rows // over} rows a device cannot be cut into {parts} micro-batches, one or more for "
+                            f"each of {stages} stages (mesh.pipeline_microbatches={asked}); use a multiple of "
+                            f"{max(asked, stages)}")
     return problems
 
 

@@ -27,9 +27,11 @@ from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
+from jaxlm.parallel.table import sharding_table
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_eval_step, build_train_step
@@ -48,10 +50,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     from configs import default
 
     # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
-    mesh = build_mesh(config)
     data = build_data(config)
     backend, why = choose_backend(config, jax.default_backend())
     model = build_model(config, data.vocab_size, backend)
+    mesh = build_mesh(config, model.num_parameters)
     objective = build_objective(config)
     optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
     train_step = under_mesh(mesh, build_train_step(config, model, objective, optimizer, schedule))
@@ -123,7 +125,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
-        + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1),
+        + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
+        + (f" (auto: {choose_axes(config, model.num_parameters, jax.devices())[1]})" if config.mesh.auto else ""),
+        *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
     ]

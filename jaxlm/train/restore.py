@@ -51,9 +51,10 @@ def open_run(workdir: str, overrides=()) -> Run:
     from jaxlm.parallel.mesh import build_mesh
     from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
-    mesh, data = build_mesh(config), build_data(config)
+    data = build_data(config)
     backend, _ = choose_backend(config, jax.default_backend())
     model = build_model(config, data.vocab_size, backend)
+    mesh = build_mesh(config, model.num_parameters)
     abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
                             parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)
     directory = os.path.join(workdir, "checkpoints")
