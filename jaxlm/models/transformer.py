@@ -49,7 +49,10 @@ class Transformer(nnx.Module):
                                                   m.param_dtype, num_inputs=1))
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
-        """-> (x_BTD after the last norm, cache). `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`)."""
+        """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
+
+        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`).
+        """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
@@ -68,38 +71,42 @@ class Transformer(nnx.Module):
         if keys_B is not None and self.dropout:
             keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, len(self.windows)))
-        segment_ids_BT = segment_ids_BT if self.isolate else None
+        live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
+        segment_ids_BT, order = segment_ids_BT if self.isolate else None, None
         ring = self.context_method == "ring" and mesh_size("context") > 1
         if ring:
             order = zigzag_order(tokens_BT.shape[1])
             x_BTD, positions_BT = zigzag(x_BTD), positions_BT[:, order]
-            keys_BT, segment_ids_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT))
+            keys_BT, segment_ids_BT, live_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT, live_BT))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
-                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method)
-        x_BTD, layer_cache = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
+                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
+                          decoding=cache is not None, live=live_BT, order=order)
+        x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
-        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache)
+        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats
 
     def _run_layers(self, x_BTD, context, keys_BT, cache):
-        """All blocks in order; a scan goes over whole periods of the window pattern, so that windows stay static."""
+        """All blocks in order -> (x_BTD, cache, stats), the last two stacked over layers, or None. A scan goes over whole periods
+        of the window pattern, so that windows stay static."""
         graph, stacked = nnx.split(self.layers)
 
         def block(x, value, state, layer, layer_cache, window):
             keys = fold_in(keys_BT, layer)
-            x, own_value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer_cache, keys)
-            return x, own_value if value is None else value, layer_cache
+            x, own_value, *out = nnx.merge(graph, state)(x, context, window, value, layer_cache, keys)
+            return x, own_value if value is None else value, out
 
         if self.remat == "full":
             block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
         xs = (stacked, jnp.arange(len(self.windows)), cache)
         value, length, period = None, len(self.windows), len(self.pattern)
+        stack = lambda outs: jax.tree.map(lambda *a: jnp.stack(a), *outs)
         if not self.scan:
-            caches, layers = [], unstack(xs, length)
+            outs, layers = [], unstack(xs, length)
             for layer, window in zip(layers, self.windows, strict=True):
                 x_BTD, value, out = block(x_BTD, value, *layer, window)
                 value = value if self.value_residual else None
-                caches.append(out)
-            return x_BTD, None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+                outs.append(out)
+            return x_BTD, *stack(outs)
 
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
@@ -107,7 +114,7 @@ class Transformer(nnx.Module):
                 x, value, out = block(x, value, *jax.tree.map(lambda a, i=i: a[i], xs_P), window)
                 value = value if self.value_residual else None
                 outs.append(out)
-            return (x, value), (None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *outs))
+            return (x, value), stack(outs)
 
         head = 0
         if self.value_residual:  # the first period makes the value that all later ones carry
@@ -116,12 +123,10 @@ class Transformer(nnx.Module):
             head = period
         rest = jax.tree.map(lambda a: a[head:].reshape(-1, period, *a.shape[1:]), xs)
         (x_BTD, _), out = jax.lax.scan(run_period, (x_BTD, value), rest)
-        if cache is None:
-            return x_BTD, None
         out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
         if head:
             out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_out, out)
-        return x_BTD, out
+        return x_BTD, *out
 
     @property
     def head_kernel(self):
