@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_heads = 4
     c.model.num_kv_heads = 0  # 0: num_heads. Fewer is GQA, 1 is MQA
     c.model.head_dim = 0  # 0: embed_dim / num_heads
-    c.model.mlp_dim = 0  # 0: 4 * embed_dim
+    c.model.mlp_dim = 0  # hidden size of the feed-forward, or of each expert; 0: 4 * embed_dim
     c.model.vocab_size = 0  # 0: the tokenizer's size rounded up to vocab_multiple
     c.model.vocab_multiple = 1  # 128 on accelerators: matrix units like whole tiles
     c.model.norm = "rms"  # rms, layer, none
@@ -50,7 +50,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_experts = 8  # the keys from here to bias_update_rate are of feedforward=moe
     c.model.experts_per_token = 2
     c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2
-    c.model.expert_dim = 0  # hidden size of an expert; 0: mlp_dim
     c.model.shared_experts = 0  # experts that see every token, beside the routed ones
     c.model.router_score = "softmax"  # softmax, sigmoid
     c.model.router_normalize = True  # the weights of a token's experts sum to 1
@@ -180,6 +179,8 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.model.num_kv_heads = min(c.model.num_kv_heads, 2)
     c.model.head_dim = 0
     c.model.mlp_dim = 128
+    c.model.num_experts = min(c.model.num_experts, 8)
+    c.model.experts_per_token = min(c.model.experts_per_token, 2)
     c.model.vocab_size = 257
     c.model.compute_dtype = "float32"
     c.data.source = "synthetic"

@@ -103,7 +103,6 @@ def resolve(config: ConfigDict) -> None:
         m.head_dim = m.embed_dim // m.num_heads
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
-    m.expert_dim = m.expert_dim or m.mlp_dim
     config.eval.batch_size = config.eval.batch_size or config.batch_size
 
 
@@ -138,8 +137,7 @@ def validate(config: ConfigDict) -> None:
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
     check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
     if m.feedforward == "moe":
-        for key in ("num_experts", "expert_dim"):
-            check(m[key] > 0, f"model.{key}={m[key]}: must be at least 1")
+        check(m.num_experts > 0, f"model.num_experts={m.num_experts}: must be at least 1")
         check(0 < m.experts_per_token <= max(1, m.num_experts),
               f"model.experts_per_token={m.experts_per_token}: must be from 1 to model.num_experts={m.num_experts}; "
               f"use {min(max(1, m.experts_per_token), max(1, m.num_experts))}")

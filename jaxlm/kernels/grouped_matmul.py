@@ -19,7 +19,7 @@ class Request(NamedTuple):
 
     platform: str  # cpu, gpu, tpu
     embed_dim: int
-    expert_dim: int
+    mlp_dim: int
 
 
 class Backend(NamedTuple):
@@ -29,7 +29,7 @@ class Backend(NamedTuple):
 
 def choose_grouped_matmul(config, platform: str) -> tuple[str, str]:
     """-> (name, why). Raises UserError where the backend asked for by name cannot serve."""
-    request = Request(platform, config.model.embed_dim, config.model.expert_dim)
+    request = Request(platform, config.model.embed_dim, config.model.mlp_dim)
     asked = config.kernels.grouped_matmul
     if asked != "auto":
         reason = BACKENDS[asked].supports(request)
@@ -106,7 +106,7 @@ def gmm(rows_XD, kernels_EDF, sizes_E, interpret: bool = False):
 def gmm_supports(request: Request) -> str:
     if request.platform != "tpu":
         return f"needs a TPU, this is {request.platform}"
-    for name, size in (("embed_dim", request.embed_dim), ("expert_dim", request.expert_dim)):
+    for name, size in (("embed_dim", request.embed_dim), ("mlp_dim", request.mlp_dim)):
         if size % TILE:
             return f"needs a model.{name} that is a multiple of {TILE}, not {size}"
     return ""

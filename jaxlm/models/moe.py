@@ -5,6 +5,7 @@ they do not depend on how the batch is cut up. Padding counts nowhere.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxlm.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from jaxlm.models.feedforward import FEEDFORWARDS, FORMS, FeedForward, activate
 from jaxlm.models.parameter import constant, parameter
-from jaxlm.parallel.expert import KERNEL_AXES, dispatch
+from jaxlm.parallel.expert import KERNEL_AXES, choose, dispatch, gather
 from jaxlm.parallel.rules import constrain
 
 
@@ -36,7 +37,7 @@ class MixtureOfExperts(nnx.Module):
         self.router = Router(config, rngs, inits)
         self.experts = Experts(config, rngs, inits)
         if m.shared_experts:
-            self.shared = FeedForward(config, rngs, inits, m.expert_form, m.shared_experts * m.expert_dim)
+            self.shared = FeedForward(config, rngs, inits, m.expert_form, m.shared_experts * m.mlp_dim)
 
     def __call__(self, x_BTD, context):
         """-> (x_BTD, Stats). Padding gets zeros from the routed experts."""
@@ -68,7 +69,7 @@ class Router(nnx.Module):
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision="highest")
         scores_BTE = jax.nn.softmax(logits_BTE) if self.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         preferred_BTE = jax.lax.stop_gradient(scores_BTE + self.bias[...] if hasattr(self, "bias") else scores_BTE)
-        choices_BTK = constrain(jax.lax.top_k(preferred_BTE, self.experts_per_token)[1], "batch", "seq", None)
+        choices_BTK = choose(preferred_BTE, self.experts_per_token)
         weights_BTK = jnp.take_along_axis(scores_BTE, choices_BTK, axis=-1)
         if self.normalize:
             weights_BTK = weights_BTK / (jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20)
@@ -95,7 +96,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config, rngs, inits):
         m = config.model
-        E, D, F = m.num_experts, m.embed_dim, m.expert_dim
+        E, D, F = m.num_experts, m.embed_dim, m.mlp_dim
         self.number = E
         self.activation, gated = FORMS[m.expert_form]
         self.backend, _ = choose_grouped_matmul(config, jax.default_backend())
@@ -115,8 +116,13 @@ class Experts(nnx.Module):
 
     def run(self, rows_XD, sizes_E, kernels):
         """Rows in the order of their experts, sizes_E of each; see `grouped_matmul`."""
-        multiply = lambda rows, name: grouped_matmul(rows, kernels[name], sizes_E, backend=self.backend)
-        return multiply(self.hidden(lambda name: multiply(rows_XD, name), kernels), "down")
+
+        @partial(jax.checkpoint, static_argnums=0)  # the gradient gathers the kernel again, rather than keep it whole
+        def multiply(name, kernel, rows):
+            return grouped_matmul(rows, gather(name, kernel.astype(rows.dtype)), sizes_E, backend=self.backend)
+
+        h_XF = self.hidden(lambda name: multiply(name, kernels[name], rows_XD), kernels)
+        return multiply("down", kernels["down"], h_XF)
 
     def by_capacity(self, x_BTD, choices_BTK, weights_BTK, live_BT, order_T, factor: float):
         """GShard's form (arXiv:2006.16668): each expert has ceil(factor * T * K / E) places in each row, taken in the order of

@@ -32,7 +32,8 @@ def muon(specs, adam: optax.GradientTransformation, momentum: float, nesterov: b
     """Muon for hidden matrices, `adam` times `adam_lr_ratio` for all else (embedding, head, vectors).
 
     A kernel with several head axes is one matrix: its `num_inputs` leading axes by the rest; each expert has its own. Matrices
-    of one shape are orthogonalised together, in one batch. State is keyed by parameter path, by which it is sharded like its parameter.
+    of one shape are orthogonalised together, in one batch. State is keyed by parameter path, by which it is sharded like its
+    parameter.
     """
     with_paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]

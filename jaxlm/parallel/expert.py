@@ -23,19 +23,14 @@ KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "ml
 def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
     """sum over k of weights_BTK times expert choices_BTK of x_BTD -> y_BTD.
 
-    run: (rows_XD, sizes_E, kernels) -> rows_XD: rows in the order of their experts through those experts.
+    run: (rows_XD, sizes_E, kernels) -> rows_XD: rows in the order of their experts through those experts, kernels by `gather`.
     choices_BTK: expert of each choice; the number of experts (one too many) where a token goes to none and zeros come back.
     kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}.
     """
     if not on_a_mesh():
         return combine(through_own(run, x_BTD, choices_BTK, kernels), weights_BTK).astype(x_BTD.dtype)
 
-    # All is kept for the gradient as without a checkpoint, but for the gathered kernels: those are gathered again.
-    @partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
     def island(x, choices, weights, kernels):
-        if mesh_size("fsdp") > 1:
-            gather = lambda kernel, axis: jax.lax.all_gather(kernel.astype(x.dtype), "fsdp", axis=axis, tiled=True)
-            kernels = {name: gather(kernel, KERNEL_AXES[name].index("embed")) for name, kernel in kernels.items()}
         through = through_own if mesh_size(AXIS) == 1 else through_others
         y = combine(through(run, x, choices, kernels), weights).astype(x.dtype)
         return jax.lax.psum(y, "tensor") if mesh_size("tensor") > 1 else y  # each device had its share of the hidden layer
@@ -44,6 +39,22 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
     specs = {name: spec_of_axes(KERNEL_AXES[name]) for name in kernels}
     return jax.shard_map(island, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, check_vma=False)(
         x_BTD, choices_BTK, weights_BTK, kernels)
+
+
+def choose(preferred_BTE, count: int):
+    """-> choices_BTK, the `count` experts with the highest numbers; of equals, the lower one. XLA's partitioner would gather the
+    whole batch for it."""
+    top, tokens = lambda a: jax.lax.top_k(a, count)[1], spec_of_axes(("batch", "seq", None))
+    if on_a_mesh():
+        top = jax.shard_map(top, in_specs=tokens, out_specs=tokens, check_vma=False)
+    return top(preferred_BTE)
+
+
+def gather(name: str, kernel):
+    """A kernel whole in `embed`, where `run` needs it. To be undone by a checkpoint: FSDP keeps no gathered kernels."""
+    if mesh_size("fsdp") == 1:
+        return kernel
+    return jax.lax.all_gather(kernel, "fsdp", axis=KERNEL_AXES[name].index("embed"), tiled=True)
 
 
 def combine(out_BTKD, weights_BTK):
@@ -79,7 +90,7 @@ def through_others(run, x_BTD, choices_BTK, kernels):
 
 
 def exchange(run, capacity: int, rows_XD, keys_X, starts, kernels):
-    """Sorted rows to the devices of their experts, through them, and back: out_XD. `capacity`: places for each pair of devices."""
+    """Sorted rows to the devices of their experts, through them, and back: out_XD. `capacity`: places for each other device."""
     own = len(kernels["up"])
     count = len(starts) - 1
     place = starts[:-1, None] + jnp.arange(capacity)

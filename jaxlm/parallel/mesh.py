@@ -93,11 +93,9 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     divides(m.num_heads, "model.num_heads", ("tensor",))
     if m.num_heads % sizes["tensor"] == 0:
         divides(m.num_kv_heads, "model.num_kv_heads", ("tensor",))
+    divides(m.mlp_dim, "model.mlp_dim", ("tensor",))
     if m.feedforward == "moe":
         divides(m.num_experts, "model.num_experts", ("expert",))
-        divides(m.expert_dim, "model.expert_dim", ("tensor",))
-    else:
-        divides(m.mlp_dim, "model.mlp_dim", ("tensor",))
     divides(m.embed_dim, "model.embed_dim", ("fsdp",))
     divides(m.num_layers, "model.num_layers", ("stage",))
     if sizes["context"] > 1 and config.kernels.context == "ring":  # two chunks a device
