@@ -137,6 +137,15 @@ def validate(config: ConfigDict) -> None:
               f"{m.window_pattern!r}; that is needed when model.scan_layers=True")
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
     check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
+    if m.feedforward == "moe":
+        check(m.num_experts > 0, f"model.num_experts={m.num_experts}: must be at least 1")
+        check(0 < m.experts_per_token <= max(1, m.num_experts),
+              f"model.experts_per_token={m.experts_per_token}: must be from 1 to model.num_experts={m.num_experts}; "
+              f"use {min(max(1, m.experts_per_token), max(1, m.num_experts))}")
+        check(m.shared_experts >= 0, f"model.shared_experts={m.shared_experts}: must not be negative")
+        check(m.capacity_factor > 0, f"model.capacity_factor={m.capacity_factor}: must be above 0; 1 is an equal share")
+        check(m.bias_update_rate >= 0, f"model.bias_update_rate={m.bias_update_rate}: must not be negative; 0 is off")
+        check(not m.mlp_bias, "model.mlp_bias=True: experts have no bias; set it to False")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
@@ -147,7 +156,9 @@ def validate(config: ConfigDict) -> None:
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
-               "kernels.context": ("ring", "all_gather"), "mesh.zero_stage": (1, 3)}
+               "kernels.context": ("ring", "all_gather"), "model.expert_form": ("swiglu", "geglu", "gelu", "relu2"),
+               "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
+               "mesh.zero_stage": (1, 3)}
     for key, valid in choices.items():
         check(flat[key] in valid, f"{key}={flat[key]!r}: {did_you_mean(flat[key], valid)}")
     for axis in ("data", "fsdp", "tensor", "context", "expert", "stage"):

@@ -19,6 +19,7 @@ from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.attention import choose_backend
+from jaxlm.models.moe import ROUTER_METRICS, describe_experts
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
@@ -105,8 +106,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     peak = peak_flops(jax.devices()[0].device_kind)
     peak = peak * mesh.size if peak else None
     names = list(flatten_paths(model.specs))
+    active = model.num_active_parameters
+    active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
     progress.start([
-        f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters, vocabulary {data.vocab_size:,}, "
+        f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters{active}, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
@@ -114,6 +117,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
+        *describe_experts(config, jax.default_backend()),
     ])
     totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
               "speeds": []}
@@ -153,7 +157,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         speed = speeds[len(speeds) // 2] if speeds else None
         summary = {
             "status": status, "exit_code": exit_code, "steps": step, "tokens": totals["tokens"],
-            "parameters": model.num_parameters, "train_loss": totals["train_loss"],
+            "parameters": model.num_parameters, "active_parameters": model.num_active_parameters,
+            "train_loss": totals["train_loss"],
             "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
             "bits_per_byte": totals["valid"]["bits_per_byte"] if totals["valid"] else None,
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
@@ -201,6 +206,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 totals["speeds"].append(speed)
             line = {"split": "train", "step": step, "tokens": totals["tokens"], "loss": metrics["loss"],
                     "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
+                    **{k: metrics[k] for k in ROUTER_METRICS if k in metrics},
                     "mfu": speed * causal_flops / peak if peak and speed else None,
                     "mfu_palm": speed * palm_flops / peak if peak and speed else None,
                     "elapsed_seconds": time.time() - began}
