@@ -96,12 +96,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.prefetch = 2  # batches made ready ahead of the step
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, sgd, ...: jaxlm/optimizers/
+    c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, adan, novograd, rmsprop, sgd, ...: jaxlm/optimizers/
     c.optimizer.learning_rate = 3e-4
     c.optimizer.weight_decay = 0.1  # decoupled: p -= lr * wd * p
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: off
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
+    c.optimizer.b3 = 0.99  # adan: of the squares
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.95  # muon, sgd
     c.optimizer.nesterov = True  # muon, sgd

@@ -108,7 +108,7 @@ def run_train(args):
     start_jax(config.observe.compile_cache)
     from jaxlm.train.loop import train
 
-    summary = train(config, args.workdir, args.allow_config_change, args.began)
+    summary = train(config, args.workdir, args.allow_config_change, args.began, args.overrides)
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
     report = f"; {args.workdir}/report.html" if config.observe.report else ""
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")

@@ -255,8 +255,15 @@ class Tracked:
     def __setattr__(self, name, value):
         raise AttributeError(f"configs are read-only while running: {self._prefix}{name}")
 
-    def unread(self, default: ConfigDict) -> list[str]:
-        """Keys whose value differs from the default's, yet no code read them."""
+    def unread(self, default: ConfigDict, overrides: list[str] = ()) -> list[str]:
+        """Keys whose value differs from the default's, yet no code read them.
+
+        A choice among `overrides` (["--config.optimizer.name=sgd"]) excuses what the config file set in that group, such
+        as keys of the optimizer it would have used; it never excuses another override.
+        """
         mine, base = flatten(self._config), flatten(default)
+        given = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
+        rechosen = {key.rpartition(".")[0] for key in given if isinstance(mine[key], str)}
         return [f"{k}={mine[k]!r}: is set, but nothing in this run reads it; remove it, or choose the part that uses it"
-                for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])]
+                for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])
+                and (k in given or k.rpartition(".")[0] not in rechosen)]

@@ -71,6 +71,28 @@ def test_every_optimizer_lowers_a_quadratic(name):
     assert loss(params) < before
 
 
+@pytest.mark.parametrize("name, reference", [("adan", optax.adan(0.01, 0.9, 0.95, 0.99, 1e-8, 0.0)),
+                                             ("rmsprop", optax.rmsprop(0.01, 0.95, 1e-8))])
+def test_thin_wrappers_equal_optax(name, reference):
+    config = default.get_config()
+    config.optimizer.name = name
+    optimizer = build_optimizer(config, SPECS)
+    ours = theirs = random_tree(0)
+    state, ref_state = optimizer.init(ours), reference.init(theirs)
+    for seed in range(1, 4):
+        ours, state = optimizer.update(random_tree(seed), state, ours, 0.01, 0.0)
+        updates, ref_state = reference.update(random_tree(seed), ref_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+def test_novograd_keeps_one_second_moment_a_layer():
+    config = default.get_config()
+    config.optimizer.name = "novograd"
+    state = build_optimizer(config, SPECS).init(random_tree(0))
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.size < 8) == [(), (), (3,), (3,), (3,)]
+
+
 def test_each_parameter_needs_exactly_one_group():
     config = default.get_config()
     config.optimizer.groups = ((".*kernel", 1.0, 1.0), (".*", 1.0, 0.0))

@@ -150,6 +150,25 @@ def lamb(config, specs):
     return per_layer(specs, optax.chain(optax.scale_by_adam(o.b1, o.b2, o.eps), optax.scale_by_trust_ratio()))
 
 
+@OPTIMIZERS.register("rmsprop")
+def rmsprop(config, specs):
+    return optax.scale_by_rms(config.optimizer.b2, config.optimizer.eps)
+
+
+@OPTIMIZERS.register("adan")
+def adan(config, specs):
+    """arXiv:2208.06677; b1, b2, b3 are one minus the paper's."""
+    o = config.optimizer
+    return optax.scale_by_adan(o.b1, o.b2, o.b3, o.eps)
+
+
+@OPTIMIZERS.register("novograd")
+def novograd(config, specs):
+    """arXiv:1905.11286: the second moment is one number per layer of each parameter."""
+    o = config.optimizer
+    return per_layer(specs, optax.scale_by_novograd(o.b1, o.b2, o.eps))
+
+
 def _register_adam_like(name, transform):
     @OPTIMIZERS.register(name)
     def build(config, specs):

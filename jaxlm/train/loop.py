@@ -35,8 +35,12 @@ from jaxlm.train.state import build_init, build_model, flatten_paths, state_shar
 from jaxlm.train.step import build_eval_step, build_train_step
 
 
-def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None) -> dict:
-    """Train to `config.steps` and return the summary. Raises UserError, Diverged, Preempted (see `jaxlm.errors`)."""
+def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
+          overrides: list[str] = ()) -> dict:
+    """Train to `config.steps` and return the summary. overrides: those already in `config`, for `Tracked.unread`.
+
+    Raises UserError, Diverged, Preempted (see `jaxlm.errors`).
+    """
     began = time.time() if process_start is None else process_start
     full_config, config = config, Tracked(config)
     from configs import default
@@ -62,7 +66,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     peak_rate, decay, seed = config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed
     # Read elsewhere: by the validation, by the command line, by the writers.
     _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
-    if unread := config.unread(default.get_config()):
+    if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
     open_run_directory(workdir, full_config, allow_config_change)
     writers = build_writers(config, workdir)
@@ -75,6 +79,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
     if checkpoints.latest() == steps and (done := completed_summary(workdir)):
         return done
+    checkpoints.require_room(abstract)
     if checkpoints.latest() is not None:
         _, state, _ = checkpoints.restore(abstract)
     else:
