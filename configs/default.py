@@ -165,6 +165,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.observe.tensorboard = False
     c.observe.wandb = ""  # a Weights & Biases project name; empty: off
     c.observe.compile_cache = True  # keep compiled programs in $JAXLM_CACHE or ~/.cache/jaxlm
+    c.observe.hang_seconds = 600.0  # no step for this long: every thread's stack, exit 1 (compiling, saving: 6 times); 0: off
+    c.observe.peer_seconds = 60.0  # another process silent for this long is lost: all end, exit 1
+    c.observe.join_seconds = 300.0  # at start, time for all processes to come
     return c
 
 

@@ -1,16 +1,24 @@
 """`jaxlm VERB`: one thin entry per verb. Nothing heavy is imported before the arguments and the config are right."""
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import sys
 import time
+import traceback
 
-from jaxlm.errors import Diverged, Preempted, UserError
+from jaxlm.errors import Diverged, PeerLost, Preempted, UserError
+from jaxlm.observe import process_log
+from jaxlm.parallel import distributed
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else."""
+    """Returns the exit code: 0 done, 2 bad config or input, 3 diverged, 75 preempted after saving, 1 anything else.
+
+    Of several processes, all end with the same code: by themselves where all came to the same end, else because one tells.
+    """
     began = interpreter_start()
     parser = argparse.ArgumentParser(prog="jaxlm", description="Train Transformer language models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -25,17 +33,33 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := [a for a in rest if not a.startswith("--config.")]:
             raise UserError(*(f"{a}: unknown argument; see jaxlm {args.verb} --help" for a in unknown))
         VERBS[args.verb][0](args)
-        return 0
+        return end(0)
     except UserError as error:
-        for problem in error.problems:
-            print(f"jaxlm: {problem}", file=sys.stderr)
-        return 2
+        if distributed.num_processes() > 1:
+            distributed.leave(2, list(error.problems))
+        return end(2, *error.problems)
+    except PeerLost as error:
+        return end(1, str(error))
     except Diverged as error:
-        print(f"jaxlm: diverged: {error}", file=sys.stderr)
-        return 3
+        return end(3, f"diverged: {error}")
     except Preempted as error:
-        print(f"jaxlm: preempted: {error}", file=sys.stderr)
-        return 75
+        return end(75, f"preempted: {error}")
+    except Exception as error:
+        if distributed.num_processes() == 1:
+            raise
+        process_log.write(traceback.format_exc())
+        traceback.print_exc()
+        time.sleep(1)  # a lost peer shows as an odd error here, and a moment later on the line, by its name
+        distributed.leave(1, [f"process {distributed.process_id()} failed: {type(error).__name__}: {error}"[:500]])
+
+
+def end(code: int, *lines: str) -> int:
+    for line in lines:
+        process_log.write(f"jaxlm: {line}")
+        if distributed.is_main():
+            print(f"jaxlm: {line}", file=sys.stderr)
+    distributed.finish()
+    return code
 
 
 def interpreter_start() -> float:
@@ -44,12 +68,16 @@ def interpreter_start() -> float:
     return time.time() - time.process_time()
 
 
-def start_jax(compile_cache: bool = True) -> None:
-    """Set JAX up for this process; before anything imports it."""
+def start_jax(config=None) -> None:
+    """Set JAX up for this process, and join the run's other processes; before anything touches a device."""
+    from configs import default
+
+    config = config or default.get_config()
+    compile_cache = config.observe.compile_cache
     keep_freed_memory()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
         os.environ.setdefault("PJRT_NPROC", "64")
     import jax
 
@@ -59,6 +87,8 @@ def start_jax(compile_cache: bool = True) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    command = hashlib.sha256(json.dumps([sys.argv[1:], config.to_json()]).encode()).hexdigest()[:12]
+    distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"command and config": command})
 
 
 def keep_freed_memory() -> None:
@@ -105,10 +135,14 @@ def run_train(args):
     from jaxlm.config import load
 
     config = load(args.config, args.overrides)
-    start_jax(config.observe.compile_cache)
+    start_jax(config)
+    from jaxlm.observe.watchdog import Watchdog
     from jaxlm.train.loop import train
 
-    summary = train(config, args.workdir, args.allow_config_change, args.began, args.overrides)
+    with Watchdog(config.observe.hang_seconds, on_hang=lambda message: distributed.leave(1, [message])) as watchdog:
+        summary = train(config, args.workdir, args.allow_config_change, args.began, args.overrides, watchdog.beat)
+    if not distributed.is_main():
+        return
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
     report = f"; {args.workdir}/report.html" if config.observe.report else ""
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
@@ -124,6 +158,7 @@ def run_eval(args):
     start_jax()
     import jax
 
+    from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
     from jaxlm.parallel.rules import batch_sharding, under_mesh
@@ -134,12 +169,12 @@ def run_eval(args):
     if run.data.valid is None:
         raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
     eval_step = jax.jit(under_mesh(run.mesh, build_eval_step(run.model, build_objective(run.config))))
-    rows = batch_sharding(run.mesh)
-    result = evaluate(eval_step, run.params, run.data.valid.evaluation_batches(), lambda b: jax.device_put(b, rows),
-                      run.data.valid.num_bytes)
-    result = {"step": run.step, **result}
-    print(json.dumps(result) if args.json else "  ".join(
-        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
+    batches = run.data.valid.evaluation_batches(rows=feed.rows)
+    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}
+    if distributed.is_main():
+        print(json.dumps(result) if args.json else "  ".join(
+            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
 
 
 def add_generate(verb):
@@ -173,7 +208,8 @@ def run_generate(args):
     tokenizer = run.data.tokenizer
     generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, args.temperature, args.top_k, args.top_p)
     prompt = [int(t) for t in tokenizer.encode(args.prompt)]
-    print(args.prompt, end="", flush=True)
+    show = functools.partial(print, end="", flush=True) if distributed.is_main() else lambda text: None
+    show(args.prompt)
     ids, shown = [], ""
     for token in generator.stream(run.params, prompt, args.tokens, args.seed, tokenizer.eos_id):
         if token == tokenizer.eos_id:
@@ -181,9 +217,9 @@ def run_generate(args):
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # half a character waits for its other bytes
-            print(text[len(shown):], end="", flush=True)
+            show(text[len(shown):])
             shown = text
-    print()
+    show("\n")
 
 
 def run_report(args):

@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
 
-# Where and how a run writes and watches; two runs that differ only here are the same experiment.
-NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch")
+# Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
+# same experiment.
+NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "mesh", "grad_accum_steps",
+                "model.remat", "model.scan_layers")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -219,7 +221,7 @@ def identity(config) -> dict:
 
 
 def fingerprint(config) -> str:
-    """16 hex digits that name the experiment: all keys but paths, logging and saving."""
+    """16 hex digits that name the experiment: all keys but paths, logging, saving and the mesh."""
     text = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -19,3 +19,7 @@ class Diverged(Exception):
 
 class Preempted(Exception):
     """SIGTERM or SIGINT arrived; the state was saved. Run the same command again. Exit code 75."""
+
+
+class PeerLost(Exception):
+    """A process of the run did not come, died or hangs. Exit code 1; run the same command again."""

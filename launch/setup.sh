@@ -1,5 +1,6 @@
+# shellcheck shell=bash
 # Sourced by the launchers: makes .venv if needed and installs jaxlm with the extra named in $1 (may be empty).
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -m venv .venv
 fi

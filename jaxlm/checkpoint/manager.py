@@ -2,6 +2,9 @@
 
 Orbax is atomic under kill -9, but it restores a flipped bit without complaint and casts a wrong dtype silently. So each
 checkpoint carries, per leaf, its shape, dtype and a fingerprint that does not depend on the mesh; restore checks them.
+
+Several processes save and restore together, each its own shards. Which steps there are, and whether one is damaged, they
+agree on; process 0 alone makes and moves directories.
 """
 
 import functools
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.distributed import gather, is_main, share
 
 
 class Checkpoints:
@@ -34,12 +38,15 @@ class Checkpoints:
         self.directory = pathlib.Path(os.path.abspath(directory)) if "://" not in directory else directory
         self.keep, self.keep_every, self.keep_best, self.create = keep, keep_every, keep_best, create
         if create:
-            try:
-                os.makedirs(self.directory, exist_ok=True)
-                tempfile.TemporaryFile(dir=self.directory).close()  # now, not after hours at the first save
-            except OSError as error:
-                raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --workdir") from error
+            share(self._make, "checkpoint directory")
         self._manager = None
+
+    def _make(self):
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.directory).close()  # now, not after hours at the first save
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be written ({error.strerror}); choose another --workdir") from error
 
     @property
     def manager(self):
@@ -65,7 +72,10 @@ class Checkpoints:
         return self._manager
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
+        """Steps of the finished checkpoints, ascending, as process 0 sees them: all processes must ask."""
+        return share(self._steps, "steps of the checkpoints")
+
+    def _steps(self):
         if not os.path.isdir(self.directory):
             return []
         return sorted(int(name) for name in os.listdir(self.directory) if name.isdigit())
@@ -125,32 +135,42 @@ class Checkpoints:
     def _newest_whole(self, read):
         damaged = []  # (step, reason); moved only once an older one is known to be whole
         for step in reversed(self.steps()):
+            tree, leaves, reason = None, None, None
             try:
                 meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
-                found = step, read(step, meta["leaves"]), meta
+                leaves = meta["leaves"]
+                tree = read(step, leaves)
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
                 if isinstance(error, MemoryError | ImportError | PermissionError) or is_exhausted(error):
                     raise  # this machine's trouble, not the checkpoint's
-                damaged.append((step, str(error).splitlines()[0][:200] if str(error) else type(error).__name__))
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            # A process sees only its own shards: one that finds damage speaks for all. The fingerprints come after
+            # that, as they are computed by all together.
+            reason = next((r for r in gather(reason, f"reading checkpoint {step}") if r), None) or differing(tree, leaves)
+            if reason:
+                damaged.append((step, reason))
                 continue
             for bad, reason in damaged:
-                where = f"moved to {self._move_aside(bad)}" if self.create else "left where it is"
-                print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
-            return found
+                aside = share(lambda bad=bad: self._move_aside(bad), "moving") if self.create else None
+                where = f"moved to {aside}" if aside else "left where it is"
+                if is_main():
+                    print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
+            if damaged:
+                self.close()  # Orbax's manager remembers the steps it has seen
+            return step, tree, meta
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged)
         raise UserError(f"{self.directory}: no whole checkpoint is left ({reasons}); start again with another --workdir")
 
-    def _move_aside(self, step: int) -> pathlib.Path:
+    def _move_aside(self, step: int) -> str:
         """To `<directory>_damaged/`, under a name of its own: an earlier damaged copy of the step is kept too."""
-        self.close()  # the manager remembers the steps it has seen
         parent = pathlib.Path(str(self.directory) + "_damaged")
         parent.mkdir(exist_ok=True)
         names = (f"{step}.{i}" if i else str(step) for i in itertools.count())
         aside = next(parent / name for name in names if not (parent / name).exists())
         shutil.move(pathlib.Path(self.directory) / str(step), aside)
-        return aside
+        return str(aside)
 
     def _read(self, step, leaves, abstract, partial: bool):
         import orbax.checkpoint as ocp
@@ -158,11 +178,8 @@ class Checkpoints:
         self._check_same_model(step, leaves, describe(abstract), partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
-        tree = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        for name, value in describe(tree, fingerprints(tree)).items():
-            if value["fingerprint"] != leaves[name]["fingerprint"]:
-                raise ValueError(f"the numbers of {name} are not those that were saved")
-        return tree
+        # The handler itself: Orbax's manager waits for all processes at the end of a restore, also for one that failed.
+        return ocp.PyTreeCheckpointHandler().restore(pathlib.Path(self.directory) / str(step) / "state", args=args)
 
     def _check_same_model(self, step, saved, wanted, partial):
         problems = [f"{n} is missing" for n in wanted if n not in saved]
@@ -182,6 +199,14 @@ class Checkpoints:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
         return UserError(f"{self.directory}: saving failed ({reason}); free space or choose another --workdir, then run "
                          "the same command again")
+
+
+def differing(tree, leaves) -> str | None:
+    """The first leaf whose numbers are not those that `leaves` tells of."""
+    for name, value in describe(tree, fingerprints(tree)).items():
+        if value["fingerprint"] != leaves[name]["fingerprint"]:
+            return f"the numbers of {name} are not those that were saved"
+    return None
 
 
 def is_exhausted(error: BaseException) -> bool:

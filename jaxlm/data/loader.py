@@ -84,9 +84,10 @@ class Batches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T)."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+    def batch(self, step: int, rows=None) -> dict[str, np.ndarray]:
+        """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T), or of it the rows
+        `rows` alone (what one of several processes needs, `Feed.rows`)."""
+        places = [step * self.batch_size + int(row) for row in (range(self.batch_size) if rows is None else rows)]
         epochs = [i // len(self.rows) for i in places]
         offsets = {epoch: self._offset(epoch) for epoch in set(epochs)}
         return self.rows.take([int(self.order[i]) for i in places], [offsets[epoch] for epoch in epochs])
@@ -95,16 +96,20 @@ class Batches:
         """Tokens by which the row grid is moved in this epoch."""
         return int(np.random.default_rng((self.seed, epoch)).integers(0, self.rows.seq_len)) if self.jitter else 0
 
-    def evaluation_batches(self, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Rows in order; the last batch is filled up with rows whose loss_mask is 0. limit: batches, 0 for all."""
+    def evaluation_batches(self, limit: int = 0, rows=None) -> Iterator[dict[str, np.ndarray]]:
+        """Rows in order; the last batch is filled up with rows whose loss_mask is 0. limit: batches, 0 for all. rows: as
+        in `batch`."""
+        in_batch = np.arange(self.batch_size) if rows is None else rows
         count = -(-len(self.rows) // self.batch_size)
         for i in range(min(count, limit) if limit else count):
-            batch = self.rows.take(range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows))))
-            missing = self.batch_size - len(batch["tokens"])
-            yield {name: np.pad(a, ((0, missing), (0, 0))) for name, a in batch.items()} if missing else batch
+            places = i * self.batch_size + in_batch
+            real = places[places < len(self.rows)]
+            batch = self.rows.take(real if len(real) else [0])
+            missing = len(places) - len(real)
+            yield {name: np.pad(a[: len(real)], ((0, missing), (0, 0))) for name, a in batch.items()} if missing else batch
 
-    def prefetched(self, start_step: int, put: Callable) -> Iterator:
-        """`batch(step)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
+    def prefetched(self, start_step: int, put: Callable, rows=None) -> Iterator:
+        """`batch(step, rows)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
         `data.prefetch` batches ahead, so both reading and the copy to the device happen behind the running step. Close the
         generator to end the thread."""
         ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
@@ -113,7 +118,7 @@ class Batches:
             step, host, item = start_step, {}, {}
             while not closed.is_set():
                 try:
-                    before, host = host, self.batch(step)
+                    before, host = host, self.batch(step, rows)
                     # What comes again, as `packing.whole` does, is on the device already.
                     item = item | put({name: a for name, a in host.items() if name not in before or a is not before[name]})
                 except BaseException as error:  # handed to the consumer, whatever it is

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.data.sources import find_files, read_splits
 from jaxlm.data.tokenizers import build_tokenizer, load_tokenizer
 from jaxlm.errors import UserError
+from jaxlm.parallel.distributed import main_first
 
 SHARD_TOKENS = 2**28
 
@@ -45,8 +46,9 @@ def open_store(config):
     """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer). Builds the store where it does not exist yet."""
     root = config.data.store_dir or os.environ.get("JAXLM_CACHE") or os.path.expanduser("~/.cache/jaxlm")
     folder = pathlib.Path(root, "tokens", fingerprint(config))
-    if not (folder / "manifest.json").is_file():
-        build_store(config, folder)
+    with main_first("token store"):
+        if not (folder / "manifest.json").is_file():
+            build_store(config, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     stores = {split: TokenStore(folder, split, manifest) for split in manifest["splits"]}
     return stores, load_tokenizer((folder / "tokenizer.json").read_text())

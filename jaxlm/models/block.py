@@ -58,8 +58,8 @@ class Block(nnx.Module):
         self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
 
     def __call__(self, x_BTD, context: Context, window, first_value=None, is_first=False, cache=None, keys_BT=None):
-        """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then feed-forward;
-        a parallel one adds both at once."""
+        """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
+        feed-forward; a parallel one adds both at once."""
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, window, first_value, is_first, cache)
         x_BTD = x_BTD + drop(residual(a_BTD), context.dropout, fold_in(keys_BT, 0))

@@ -3,9 +3,14 @@
 import sys
 import time
 
+from jaxlm.parallel.distributed import is_main
+
 
 def build_progress(config, total_steps: int):
+    """Process 0 shows progress, the others are silent."""
     kind = config.observe.progress
+    if not is_main():
+        kind = "none"
     if kind == "auto":
         kind = "live" if sys.stdout.isatty() else "lines"
     return {"live": Live, "lines": Lines, "none": Silent}[kind](total_steps)

@@ -5,10 +5,13 @@ import math
 import os
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.distributed import is_main
 
 
 def build_writers(config, workdir: str) -> "Writers":
-    """Raises UserError where a writer's package is missing."""
+    """Process 0 writes, the others do not. Raises UserError where a writer's package is missing."""
+    if not is_main():
+        return NoWriters()
     outlets = []
     if config.observe.tensorboard:
         try:
@@ -68,6 +71,16 @@ class Writers:
         for closable in [*self.files.values(), *self.outlets]:
             closable.close()
         self.files, self.outlets = {}, []
+
+
+class NoWriters:
+    def truncate_after(self, step: int) -> None: ...
+
+    def write(self, line: dict) -> None: ...
+
+    def text(self, step: int, prompt: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class TensorBoard:

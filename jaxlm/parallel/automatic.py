@@ -2,7 +2,10 @@
 
 import os
 
+import jax
 import jax.numpy as jnp
+
+from jaxlm.parallel.distributed import share
 
 SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
 
@@ -37,9 +40,12 @@ def bytes_per_parameter(config) -> int:
 
 
 def memory_limit(devices) -> float:
-    """Bytes one device may use; of a CPU, its share of the machine's memory."""
+    """Bytes one device may use, as process 0 sees it (all must choose the same); of a CPU, its share of the machine's memory."""
+    return share(lambda: memory_limit_here([d for d in devices if d.process_index == jax.process_index()]), "memory limit")
+
+
+def memory_limit_here(devices) -> float:
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    here = sum(d.process_index == devices[0].process_index for d in devices)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)

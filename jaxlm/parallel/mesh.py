@@ -27,6 +27,9 @@ def build_mesh(config, num_parameters: int = 0, devices=None) -> Mesh:
         raise UserError(*problems)
     slow = {axis: getattr(config.mesh, f"dcn_{axis}") if axis in SLOW else 1 for axis in AXES}
     used = devices[: math.prod(sizes.values())]
+    if len({d.process_index for d in used}) < len({d.process_index for d in devices}):
+        raise UserError(f"mesh of {len(used)} devices: leaves some of the processes without a device; start fewer processes, or "
+                        f"make the mesh one of {len(devices)} devices")
     if math.prod(slow.values()) > 1:
         grid = hybrid_grid(used, sizes, slow)
     elif used[0].platform == "tpu":

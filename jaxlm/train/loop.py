@@ -6,7 +6,6 @@ How a run starts, in this order: a checkpoint in its own work directory; `model.
 import json
 import os
 import pathlib
-import signal
 import time
 
 import jax
@@ -15,29 +14,36 @@ import numpy as np
 
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import Tracked, fingerprint, steps_of
+from jaxlm.data.feed import Feed, put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
 from jaxlm.objectives.next_token import build_objective
+from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
+from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes
+from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
 from jaxlm.parallel.table import sharding_table
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_eval_step, build_train_step
+from jaxlm.train.stop import StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
-          overrides: list[str] = ()) -> dict:
-    """Train to `config.steps` and return the summary. overrides: those already in `config`, for `Tracked.unread`.
+          overrides: list[str] = (), alive=lambda doing="", allowance=1: None) -> dict | None:
+    """Train to `config.steps`. All processes of a run call it alike; process 0 writes what there is once, and returns the
+    summary. overrides: those already in `config`, for `Tracked.unread`. `alive` is called at each sign of progress
+    (`Watchdog.beat`).
 
     Raises UserError, Diverged, Preempted (see `jaxlm.errors`).
     """
@@ -66,9 +72,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     peak_rate, decay, seed = config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed
     # Read elsewhere: by the validation, by the command line, by the writers.
     _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
+    _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
     if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
-    open_run_directory(workdir, full_config, allow_config_change)
+    share(lambda: open_run_directory(workdir, full_config, allow_config_change), "run directory")
+    alive("starting", SLOW)
+    process_log.open_log(workdir, process_id(), num_processes())
+    process_log.write(about_processes())
     writers = build_writers(config, workdir)
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
@@ -77,10 +87,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     shardings = state_shardings(mesh, model, abstract, config.mesh.zero_stage)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
-    if checkpoints.latest() == steps and (done := completed_summary(workdir)):
+    latest = checkpoints.latest()
+    if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
     checkpoints.require_room(abstract)
-    if checkpoints.latest() is not None:
+    alive("restoring" if latest is not None else "initialising", SLOW)
+    if latest is not None:
         _, state, _ = checkpoints.restore(abstract)
     else:
         state = jax.jit(init, out_shardings=shardings)(seed)
@@ -89,13 +101,14 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             state["params"] = source.restore_params(abstract["params"])
     start = int(state["step"])
     writers.truncate_after(start)
+    alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    put = lambda batch: jax.device_put(batch, rows)
-    hyper = jax.device_put({"learning_rate": np.float32(peak_rate), "weight_decay": np.float32(decay),
+    hyper = put_everywhere({"learning_rate": np.float32(peak_rate), "weight_decay": np.float32(decay),
                             "seed": np.int32(seed)}, everywhere)
     shape = (config.batch_size, config.seq_len)
+    feed, eval_feed = Feed(rows, shape), Feed(rows, (config.eval.batch_size, config.seq_len))
     abstract_batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_mask" else jnp.int32, sharding=rows)
                       for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
     compile_began = time.time()
@@ -113,7 +126,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     names = list(flatten_paths(model.specs))
     active = model.num_active_parameters
     active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
-    progress.start([
+    about = [
         f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters{active}, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
@@ -123,7 +136,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
         *describe_experts(config, jax.default_backend()),
-    ])
+    ]
+    process_log.write("\n".join(about))
+    progress.start([*about, about_processes()] if num_processes() > 1 else about)
     totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
               "speeds": []}
     generator = None
@@ -134,9 +149,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     def run_evaluation(step):
         nonlocal generator
         if data.valid is not None:
-            batches = data.valid.evaluation_batches(eval_batches)
+            batches = data.valid.evaluation_batches(eval_batches, eval_feed.rows)
             share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
-            line = evaluate(eval_step, averaged(), batches, put, max(1.0, share * data.valid.num_bytes))
+            line = evaluate(eval_step, averaged(), batches, eval_feed.put, max(1.0, share * data.valid.num_bytes))
             totals["valid"] = line
             line = {"split": "valid/all", "step": step, **{k: line[k] for k in ("loss", "perplexity", "bits_per_byte")}}
             writers.write(line)
@@ -156,8 +171,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step})
 
     def finish(status, exit_code, step):
+        alive("saving", SLOW)
         checkpoints.wait()
         progress.stop()
+        process_log.write(f"{status} at step {step}")
+        if not is_main():
+            return None
         speeds = sorted(totals["speeds"])
         speed = speeds[len(speeds) // 2] if speeds else None
         summary = {
@@ -181,7 +200,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         return summary
 
     # ---- The loop -------------------------------------------------------------------------------------------------------
-    stop = StopSignal()
+    stop = StopSignal(start + 1)
+    alive("in the first step", SLOW)
     clock = Clock()
     clock.restart(start, totals["tokens"])
     pending = None  # (step, metrics on the device), read back one step late
@@ -219,7 +239,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             progress.update(line)
 
     step = start
-    batches = data.train.prefetched(start, put)
+    batches = data.train.prefetched(start, feed.put, feed.rows)
     try:
         with jax.transfer_guard("disallow"):
             for step in range(start + 1, steps + 1):
@@ -232,17 +252,20 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 pending = (step, metrics)
                 due_eval = step == steps or (eval_every and step % eval_every == 0)
                 due_save = step == steps or (save_every and step % save_every == 0)
-                if due_eval or due_save or stop.received:
+                stopping = stop.after(step)
+                if due_eval or due_save or stopping:
                     read_back(pending)
                     pending = None
+                    alive("evaluating or saving", SLOW)
                     if due_eval:
                         with jax.transfer_guard("allow"):
                             run_evaluation(step)
-                    if due_save or stop.received:
+                    if due_save or stopping:
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
                     clock.restart(step, totals["tokens"])
-                if stop.received and step < steps:
+                alive()
+                if stopping and step < steps:
                     finish("preempted", 75, step)
                     raise Preempted(f"{stop.name} at step {step}: saved; run the same command again to go on")
     except Diverged:
@@ -254,23 +277,3 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         checkpoints.close()
         progress.stop()
     return finish("completed", 0, steps)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a save and a clean end; a second one acts at once."""
-
-    def __init__(self):
-        self.received, self.name, self._old = False, "", {}
-        try:
-            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: the caller handles signals
-            pass
-
-    def _handle(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received, self.name = True, signal.Signals(number).name
-
-    def restore(self):
-        for number, old in self._old.items():
-            signal.signal(number, old)

@@ -14,27 +14,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_c
 
 
 def open_run_directory(workdir: str, config, allow_config_change: bool) -> None:
-    """Make the directory and write config.json, or check that the one there is the same experiment.
+    """Make the directory and write config.json, or check that the one there is the same experiment; if only what does not
+    make the experiment changed (the mesh, say), it tells of the new values.
 
     Raises UserError: not writable, or another config (with the diff).
     """
     file = pathlib.Path(workdir, "config.json")
     values = json.loads(config.to_json())
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if file.exists():
         try:
-            old = json.loads(file.read_text())["config"]
+            stored = json.loads(file.read_text())
+            old, started = stored["config"], stored["started"]
         except (ValueError, KeyError) as error:
             raise UserError(f"{file}: cannot be read ({error}); use another --workdir") from error
         changes = diff(old, values)
         if changes and not allow_config_change:
             raise UserError(f"{workdir}: belongs to another config ({'; '.join(changes)}); use another --workdir, "
                             "or --allow_config_change to go on with the new one")
-        if not changes:
+        if old == values:
             return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"config": values, "fingerprint": fingerprint(config), "commit": git_commit(),
-                          "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                          "started": started,
                           "packages": {p: importlib.metadata.version(p) for p in PACKAGES}})
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); free space or choose another "
