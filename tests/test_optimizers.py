@@ -120,7 +120,9 @@ def test_state_as_large_as_a_parameter_is_found_by_its_path(name):
               "layers/norm/scale": (3, 4)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.ndim < 2 or path.endswith("/count") or any(path.endswith("/" + n) and leaf.shape == s for n, s in shapes.items()), path
+        if path.endswith("/count"):
+            continue
+        assert leaf.ndim < 2 or any(path.endswith("/" + n) and leaf.shape == s for n, s in shapes.items()), path
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16), (3, 8, 40), (1, 40, 8)])
