@@ -19,7 +19,7 @@ from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.expert import SLACK, choose, dispatch, gather
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
-from jaxlm.parallel.rules import under_mesh
+from jaxlm.parallel.rules import replicated, under_mesh
 from jaxlm.train.state import build_init, build_model
 from jaxlm.train.step import build_train_step
 
@@ -149,7 +149,7 @@ def test_bias_follows_the_sign_rule():
 
 
 def test_balancing_evens_loads_out_and_a_bad_step_leaves_the_bias_alone():
-    c = tiny(model__num_layers=1, model__bias_update_rate=0.01, model__load_balance_weight=0.0, optimizer__nonfinite="skip")
+    c = tiny(model__num_layers=1, model__bias_update_rate=0.005, model__load_balance_weight=0.0, optimizer__nonfinite="skip")
     c.optimizer.groups = ((".*", 1.0, 1.0),)  # decay on all: not for the bias
     model = build_model(c, VOCAB, "plain")
     optimizer = build_optimizer(c, model.specs)
@@ -159,13 +159,13 @@ def test_balancing_evens_loads_out_and_a_bad_step_leaves_the_bias_alone():
     hyper = {"learning_rate": np.float32(0), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
     batch, loads = packed_batch(c, 0), []
     bias_of = lambda state: np.asarray(state["params"]["layers"]["feedforward"]["router"]["bias"])
-    for i in range(40):
+    for i in range(80):
         before = bias_of(state)
         state, metrics = step(state, batch, hyper)
         loads.append(float(metrics["expert_load_max"]))
-        moved = (bias_of(state) - before) / 0.01
-        np.testing.assert_allclose(moved, np.round(moved), atol=1e-4, err_msg=str(i))
-    assert loads[0] > 1.5 and max(loads[-5:]) < 1.15, loads
+        moved = (bias_of(state) - before) / 0.005
+        np.testing.assert_allclose(moved, np.round(moved), atol=1e-3, err_msg=str(i))
+    assert loads[0] > 1.5 and max(loads[-5:]) < 1.1, loads
     hyper["learning_rate"] = np.float32(1)
     before = bias_of(state)
     state["params"]["embedding"] = state["params"]["embedding"].at[0, 0].set(jnp.nan)
@@ -219,7 +219,8 @@ def reference(kind):
 @pytest.mark.parametrize("kind, mesh, accum", [
     ("dropless", "expert=4,fsdp=2", 1), ("dropless", "expert=4,fsdp=2", 4), ("dropless", "expert=2,tensor=2,data=2", 1),
     ("dropless", "expert=2,tensor=2,data=2", 4), ("dropless", "expert=2,context=2,fsdp=2", 1),
-    ("capacity", "expert=4,fsdp=2", 4), ("capacity", "expert=2,tensor=2,data=2", 1), ("capacity", "expert=2,context=2,fsdp=2", 1)])
+    ("capacity", "expert=4,fsdp=2", 4), ("capacity", "expert=2,tensor=2,data=2", 1),
+    ("capacity", "expert=2,context=2,fsdp=2", 1)])
 def test_every_mesh_gives_the_same_curve_and_gradient(kind, mesh, accum):
     state = assert_same_run(tiny(**MODELS[kind], **MESHES[mesh], grad_accum_steps=accum), reference(kind))
     if kind == "capacity":
@@ -251,5 +252,6 @@ def test_dispatch_over_devices_drops_nothing_however_skewed():
     for choices, large in ((even, False), (skewed, True), (np.full_like(even, E), False)):
         to_each = [max((row // 4 == device).sum() for row in choices.reshape(8, -1)) for device in range(4)]
         assert (max(to_each) > SLACK * T * K / 4) == large
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), over(x, choices, weights, kernels),
-                     alone(x, choices, weights, kernels))
+        given = (x, choices, weights, kernels)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), over(*jax.device_put(given, replicated(mesh))),
+                     alone(*given))

@@ -32,7 +32,6 @@ class Stats(NamedTuple):
 class MixtureOfExperts(nnx.Module):
     def __init__(self, config, rngs, inits):
         m = config.model
-        self.routing = m.routing
         self.capacity_factor = m.capacity_factor if m.routing == "capacity" else None
         self.router = Router(config, rngs, inits)
         self.experts = Experts(config, rngs, inits)
@@ -44,12 +43,11 @@ class MixtureOfExperts(nnx.Module):
         live_BT = jnp.ones(x_BTD.shape[:2], bool) if context.live is None else context.live
         choices_BTK, weights_BTK, stats = self.router(x_BTD, live_BT)
         # Decoding sees one token at a time, so it cannot know how full an expert is: it drops none.
-        if self.routing == "capacity" and not context.decoding:
-            y_BTD = self.experts.by_capacity(x_BTD, choices_BTK, weights_BTK, live_BT, context.order, self.capacity_factor)
+        if self.capacity_factor is None or context.decoding:
+            choices_BTK = jnp.where(live_BT[..., None], choices_BTK, self.experts.number)  # padding goes to none
+            y_BTD = dispatch(self.experts.run, x_BTD, choices_BTK, weights_BTK, self.experts.kernels)
         else:
-            nowhere = self.experts.number
-            y_BTD = dispatch(self.experts.run, x_BTD, jnp.where(live_BT[..., None], choices_BTK, nowhere), weights_BTK,
-                             self.experts.kernels)
+            y_BTD = self.experts.by_capacity(x_BTD, choices_BTK, weights_BTK, live_BT, context.order, self.capacity_factor)
         return y_BTD + self.shared(x_BTD)[0] if hasattr(self, "shared") else y_BTD, stats
 
 
