@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_heads = 4
     c.model.num_kv_heads = 0  # 0: num_heads. Fewer is GQA, 1 is MQA
     c.model.head_dim = 0  # 0: embed_dim / num_heads
-    c.model.mlp_dim = 0  # 0: 4 * embed_dim
+    c.model.mlp_dim = 0  # hidden size of the feed-forward, or of each expert; 0: 4 * embed_dim
     c.model.vocab_size = 0  # 0: the tokenizer's size rounded up to vocab_multiple
     c.model.vocab_multiple = 1  # 128 on accelerators: matrix units like whole tiles
     c.model.norm = "rms"  # rms, layer, none
@@ -45,8 +45,19 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.window_pattern = "G"  # repeated over layers: L local (window), G global. "LLLLLG" is Gemma 3
     c.model.attention_softcap = 0.0  # cap*tanh(scores/cap); 0: none
     c.model.attention_bias = False
-    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2
+    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2, moe (mixture of experts)
     c.model.mlp_bias = False
+    c.model.num_experts = 8  # the keys from here to bias_update_rate are of feedforward=moe
+    c.model.experts_per_token = 2
+    c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2
+    c.model.shared_experts = 0  # experts that see every token, beside the routed ones
+    c.model.router_score = "softmax"  # softmax, sigmoid
+    c.model.router_normalize = True  # the weights of a token's experts sum to 1
+    c.model.routing = "dropless"  # dropless, or capacity: an expert takes only so many tokens of a row, the rest pass it by
+    c.model.capacity_factor = 1.25  # of routing=capacity: places of an expert in a row, as a multiple of its equal share
+    c.model.load_balance_weight = 0.01  # of the load-balance loss of each row, summed over layers
+    c.model.router_z_weight = 0.0  # of mean(logsumexp(router logits)^2), summed over layers
+    c.model.bias_update_rate = 0.0  # loss-free balancing (arXiv:2408.15664): a bias of each expert moves so much a step; 0: off
     c.model.block = "serial"  # serial, parallel
     c.model.tie_embeddings = True
     c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
@@ -85,12 +96,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.prefetch = 2  # batches made ready ahead of the step
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, sgd, ...: jaxlm/optimizers/
+    c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, adan, novograd, rmsprop, sgd, ...: jaxlm/optimizers/
     c.optimizer.learning_rate = 3e-4
     c.optimizer.weight_decay = 0.1  # decoupled: p -= lr * wd * p
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: off
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
+    c.optimizer.b3 = 0.99  # adan: of the squares
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.95  # muon, sgd
     c.optimizer.nesterov = True  # muon, sgd
@@ -130,6 +142,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.kernels = ConfigDict()
     c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
     c.kernels.loss = "auto"  # auto, plain, chunked
+    c.kernels.grouped_matmul = "auto"  # of feedforward=moe: auto, plain, ragged_dot, blocked, gmm
     c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values
 
     c.checkpoint = ConfigDict()
@@ -171,6 +184,8 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.model.num_kv_heads = min(c.model.num_kv_heads, 2)
     c.model.head_dim = 0
     c.model.mlp_dim = 128
+    c.model.num_experts = min(c.model.num_experts, 8)
+    c.model.experts_per_token = min(c.model.experts_per_token, 2)
     c.model.vocab_size = 257
     c.model.compute_dtype = "float32"
     c.data.source = "synthetic"

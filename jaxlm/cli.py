@@ -140,7 +140,7 @@ def run_train(args):
     from jaxlm.train.loop import train
 
     with Watchdog(config.observe.hang_seconds, on_hang=lambda message: distributed.leave(1, [message])) as watchdog:
-        summary = train(config, args.workdir, args.allow_config_change, args.began, watchdog.beat)
+        summary = train(config, args.workdir, args.allow_config_change, args.began, args.overrides, watchdog.beat)
     if not distributed.is_main():
         return
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"

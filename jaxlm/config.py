@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
 
-# Where and how a run writes and watches, and what changes only its speed; two runs that differ only here are the same
-# experiment. grad_accum_steps is not among them: each micro-batch draws its own dropout and balances its own experts; nor is
-# model.scan_layers, which changes the shapes of the parameters.
-NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "mesh", "model.remat")
+# Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
+# same experiment.
+NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "mesh", "grad_accum_steps",
+                "model.remat", "model.scan_layers")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -139,6 +139,15 @@ def validate(config: ConfigDict) -> None:
               f"{m.window_pattern!r}; that is needed when model.scan_layers=True")
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
     check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
+    if m.feedforward == "moe":
+        check(m.num_experts > 0, f"model.num_experts={m.num_experts}: must be at least 1")
+        check(0 < m.experts_per_token <= max(1, m.num_experts),
+              f"model.experts_per_token={m.experts_per_token}: must be from 1 to model.num_experts={m.num_experts}; "
+              f"use {min(max(1, m.experts_per_token), max(1, m.num_experts))}")
+        check(m.shared_experts >= 0, f"model.shared_experts={m.shared_experts}: must not be negative")
+        check(m.capacity_factor > 0, f"model.capacity_factor={m.capacity_factor}: must be above 0; 1 is an equal share")
+        check(m.bias_update_rate >= 0, f"model.bias_update_rate={m.bias_update_rate}: must not be negative; 0 is off")
+        check(not m.mlp_bias, "model.mlp_bias=True: experts have no bias; set it to False")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
@@ -149,7 +158,9 @@ def validate(config: ConfigDict) -> None:
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
-               "kernels.context": ("ring", "all_gather"), "mesh.zero_stage": (1, 3)}
+               "kernels.context": ("ring", "all_gather"), "model.expert_form": ("swiglu", "geglu", "gelu", "relu2"),
+               "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
+               "mesh.zero_stage": (1, 3)}
     for key, valid in choices.items():
         check(flat[key] in valid, f"{key}={flat[key]!r}: {did_you_mean(flat[key], valid)}")
     for axis in ("data", "fsdp", "tensor", "context", "expert", "stage"):
@@ -246,8 +257,15 @@ class Tracked:
     def __setattr__(self, name, value):
         raise AttributeError(f"configs are read-only while running: {self._prefix}{name}")
 
-    def unread(self, default: ConfigDict) -> list[str]:
-        """Keys whose value differs from the default's, yet no code read them."""
+    def unread(self, default: ConfigDict, overrides: list[str] = ()) -> list[str]:
+        """Keys whose value differs from the default's, yet no code read them.
+
+        A choice among `overrides` (["--config.optimizer.name=sgd"]) excuses what the config file set in that group, such
+        as keys of the optimizer it would have used; it never excuses another override.
+        """
         mine, base = flatten(self._config), flatten(default)
+        given = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
+        rechosen = {key.rpartition(".")[0] for key in given if isinstance(mine[key], str)}
         return [f"{k}={mine[k]!r}: is set, but nothing in this run reads it; remove it, or choose the part that uses it"
-                for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])]
+                for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])
+                and (k in given or k.rpartition(".")[0] not in rechosen)]

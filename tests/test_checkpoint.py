@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,47 @@ def test_wrong_numbers_without_any_error_from_orbax_are_found(tmp_path):
     assert checkpoints.restore(abstract(STATE))[0] == 1
 
 
+def test_a_changed_number_that_orbax_restores_without_complaint_is_found(tmp_path, capsys):
+    import orbax.checkpoint as ocp
+
+    checkpoints = saved(tmp_path)
+    checkpoints.close()
+    folder = tmp_path / "c" / "2" / "state"
+    tree = ocp.PyTreeCheckpointer().restore(folder)
+    tree["params"]["a"] = np.array(tree["params"]["a"])
+    tree["params"]["a"][3, 1] = np.nextafter(tree["params"]["a"][3, 1], np.float32(np.inf))  # its last bit
+    shutil.rmtree(folder)
+    ocp.PyTreeCheckpointer().save(folder, tree)
+    whole = ocp.PyTreeCheckpointer().restore(folder)
+    np.testing.assert_array_equal(whole["params"]["a"], tree["params"]["a"])  # Orbax sees nothing wrong
+    assert saved(tmp_path, steps=()).restore(abstract(STATE))[0] == 1
+    assert "the numbers of params/a are not those that were saved" in capsys.readouterr().err
+
+
+def test_what_one_mesh_saved_sharded_another_restores_sharded(tmp_path):
+    devices = np.array(jax.devices())
+    fsdp = NamedSharding(Mesh(devices.reshape(8), ("fsdp",)), PartitionSpec("fsdp"))
+    both = NamedSharding(Mesh(devices.reshape(4, 2), ("fsdp", "tensor")), PartitionSpec("fsdp", "tensor"))
+    values = {"params": {"a": jnp.arange(32.0 * 6).reshape(32, 6)}}
+    checkpoints = Checkpoints(str(tmp_path / "c"), 1, 0, False)
+    checkpoints.save(1, jax.device_put(values, fsdp), None, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(values, both))[1]["params"]["a"]
+    assert restored.sharding == both and {s.data.shape for s in restored.addressable_shards} == {(8, 3)}
+    np.testing.assert_array_equal(restored, values["params"]["a"])
+
+
+def test_a_disk_that_cannot_take_a_checkpoint_is_found_at_the_start(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot be written"):  # exists, and takes no files from anyone
+        Checkpoints("/proc/self/fdinfo", 1, 0, False)
+    checkpoints = Checkpoints(str(tmp_path / "c"), 1, 0, False)
+    checkpoints.require_room(abstract(STATE))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UserError, match="are free"):
+        checkpoints.require_room(abstract(STATE))
+
+
 def test_nothing_left(tmp_path):
     checkpoints = saved(tmp_path, steps=(1,))
     damage(tmp_path / "c" / "1", "delete")
@@ -109,14 +151,22 @@ state = {{"params": {{"a": jnp.ones((3000, 1000))}}}}
 checkpoints = Checkpoints({str(tmp_path / "c")!r}, 3, 0, False)
 checkpoints.save(1, state, None, {{}})
 checkpoints.wait()
+rename = os.rename
+def kill_before_the_last_rename(source, target, **kw):  # which is what makes a save whole
+    if os.path.basename(os.fspath(target)) == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target, **kw)
+os.rename = os.replace = kill_before_the_last_rename
 checkpoints.save(2, state, None, {{}})
-os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.wait()
 """
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     assert subprocess.run([sys.executable, "-c", script], env=env, timeout=120).returncode == -signal.SIGKILL
+    assert any(p.name.startswith("2.") for p in (tmp_path / "c").iterdir())  # all of it but its name
     checkpoints = Checkpoints(str(tmp_path / "c"), 3, 0, False)
+    assert checkpoints.steps() == [1]
     step, state, _ = checkpoints.restore(abstract({"params": {"a": jnp.ones((3000, 1000))}}))
-    assert step in (1, 2) and (np.asarray(state["params"]["a"]) == 1).all()
+    assert step == 1 and (np.asarray(state["params"]["a"]) == 1).all()
     checkpoints.save(2, state, None, {})
     checkpoints.wait()
     assert checkpoints.latest() == 2

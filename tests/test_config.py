@@ -54,6 +54,19 @@ def test_unread_keys_that_were_set_are_named():
     assert tracked.unread(default.get_config()) == []
 
 
+def test_a_choice_on_the_command_line_excuses_the_presets_keys_for_the_other_part():
+    def unread(*overrides):
+        overrides = [f"--config.{o}" for o in overrides]
+        tracked = Tracked(load("configs/shakespeare.py", overrides))
+        tracked.reads.update(set(flatten(tracked._config)) - {"optimizer.muon_steps", "optimizer.b2"})
+        return [line.partition("=")[0] for line in tracked.unread(default.get_config(), overrides)]
+
+    assert unread() == ["optimizer.muon_steps"]
+    assert unread("optimizer.name=sgd") == []
+    assert unread("optimizer.name=sgd", "optimizer.b2=0.5") == ["optimizer.b2"]
+    assert unread("schedule.name=cosine", "optimizer.learning_rate=0.1") == ["optimizer.muon_steps"]
+
+
 def test_identity_leaves_out_paths_and_logging():
     a, b = default.get_config(), default.get_config()
     b.observe.log_every, b.checkpoint.keep = 3, 9

@@ -13,6 +13,7 @@ from jaxlm.optimizers.schedules import SCHEDULES, build_schedule
 
 SPECS = {"embedding": ParamSpec((6, 4), jnp.float32, ("vocab", "embed"), 0, False),
          "layers": {"up": {"kernel": ParamSpec((3, 4, 8), jnp.float32, ("layers", "embed", "mlp"), 1, True)},
+                    "experts": {"kernel": ParamSpec((3, 2, 4, 8), jnp.float32, ("layers", "expert", "embed", "mlp"), 1, True)},
                     "norm": {"scale": ParamSpec((3, 4), jnp.float32, ("layers", None), 0, True)}}}
 
 
@@ -25,7 +26,7 @@ def random_tree(seed):
 def test_adamw_equals_optax():
     config = default.get_config()
     optimizer = build_optimizer(config, SPECS)
-    mask = {"embedding": True, "layers": {"up": {"kernel": True}, "norm": {"scale": False}}}
+    mask = {"embedding": True, "layers": {"up": {"kernel": True}, "experts": {"kernel": True}, "norm": {"scale": False}}}
     reference = optax.adamw(0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=mask)
     ours = theirs = random_tree(0)
     state, ref_state = optimizer.init(ours), reference.init(theirs)
@@ -70,6 +71,28 @@ def test_every_optimizer_lowers_a_quadratic(name):
     assert loss(params) < before
 
 
+@pytest.mark.parametrize("name, reference", [("adan", optax.adan(0.01, 0.9, 0.95, 0.99, 1e-8, 0.0)),
+                                             ("rmsprop", optax.rmsprop(0.01, 0.95, 1e-8))])
+def test_thin_wrappers_equal_optax(name, reference):
+    config = default.get_config()
+    config.optimizer.name = name
+    optimizer = build_optimizer(config, SPECS)
+    ours = theirs = random_tree(0)
+    state, ref_state = optimizer.init(ours), reference.init(theirs)
+    for seed in range(1, 4):
+        ours, state = optimizer.update(random_tree(seed), state, ours, 0.01, 0.0)
+        updates, ref_state = reference.update(random_tree(seed), ref_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+def test_novograd_keeps_one_second_moment_a_layer():
+    config = default.get_config()
+    config.optimizer.name = "novograd"
+    state = build_optimizer(config, SPECS).init(random_tree(0))
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.size < 8) == [(), (), (3,), (3,), (3,)]
+
+
 def test_each_parameter_needs_exactly_one_group():
     config = default.get_config()
     config.optimizer.groups = ((".*kernel", 1.0, 1.0), (".*", 1.0, 0.0))
@@ -89,23 +112,24 @@ def test_a_malformed_group_is_a_user_error():
     assert len(error.value.problems) == 2
 
 
+@pytest.mark.parametrize("part, at", [("up", (1,)), ("experts", (0, 1))])
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_one_layer_does_not_move_another(name):
+def test_one_layer_or_expert_does_not_move_another(name, part, at):
     config = default.get_config()
     config.optimizer.name = name
     optimizer = build_optimizer(config, SPECS)
 
-    def first_layer(factor):
+    def first(factor):
         params = random_tree(0)
-        params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1].multiply(factor)
+        params["layers"][part]["kernel"] = params["layers"][part]["kernel"].at[at].multiply(factor)
         state = optimizer.init(params)
         for seed in range(1, 4):
             grads = random_tree(seed)
-            grads["layers"]["up"]["kernel"] = grads["layers"]["up"]["kernel"].at[1].multiply(factor**seed)
+            grads["layers"][part]["kernel"] = grads["layers"][part]["kernel"].at[at].multiply(factor**seed)
             params, state = optimizer.update(grads, state, params, 0.01, 0.0)
-        return params["layers"]["up"]["kernel"][0]
+        return params["layers"][part]["kernel"].reshape(-1, 4, 8)[0]
 
-    np.testing.assert_allclose(first_layer(10.0), first_layer(1.0), atol=1e-6)
+    np.testing.assert_allclose(first(10.0), first(1.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
@@ -114,10 +138,12 @@ def test_state_as_large_as_a_parameter_is_found_by_its_path(name):
     config = default.get_config()
     config.optimizer.name = name
     state = build_optimizer(config, SPECS).init(random_tree(0))
-    shapes = {"embedding": (6, 4), "layers/up/kernel": (3, 4, 8), "layers/norm/scale": (3, 4)}
+    shapes = {"embedding": (6, 4), "layers/up/kernel": (3, 4, 8), "layers/experts/kernel": (3, 2, 4, 8),
+              "layers/norm/scale": (3, 4)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.ndim < 2 or any(path.endswith("/" + n) and leaf.shape == s for n, s in shapes.items()), path
+        known = any(path.endswith("/" + n) and leaf.shape == s for n, s in shapes.items())
+        assert leaf.ndim < 2 or path.endswith("/count") or known, path
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16), (3, 8, 40), (1, 40, 8)])
@@ -150,3 +176,14 @@ def test_wsd_is_stable_until_the_decay():
     config.schedule.decay_steps = "40%"
     schedule = build_schedule(config)
     assert float(schedule(jnp.int32(59))) == 1.0 and float(schedule(jnp.int32(70))) < 1.0
+
+
+def test_muon_sees_each_expert_as_a_matrix():
+    config = default.get_config()
+    config.optimizer.name, config.optimizer.nesterov, config.optimizer.momentum = "muon", False, 0.0
+    optimizer, grads, zeros = build_optimizer(config, SPECS), random_tree(3), jax.tree.map(jnp.zeros_like, random_tree(3))
+    moved, _ = optimizer.update(grads, optimizer.init(zeros), zeros, 1.0, 0.0)
+    for i in range(3):
+        for j in range(2):
+            alone = orthogonalize(grads["layers"]["experts"]["kernel"][i, j][None], config.optimizer.muon_steps)[0] * 2**0.5
+            np.testing.assert_allclose(moved["layers"]["experts"]["kernel"][i, j], -alone, atol=1e-5)

@@ -9,7 +9,7 @@ from configs import default
 from jaxlm.config import resolve
 from jaxlm.kernels.cross_entropy import cross_entropy
 from jaxlm.objectives.next_token import build_objective
-from jaxlm.optimizers.build import build_optimizer
+from jaxlm.optimizers.build import OPTIMIZERS, build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, under_mesh
@@ -104,6 +104,30 @@ def test_a_bad_gradient_is_named_and_never_reaches_the_state(policy):
     clean = run(tiny(), steps=0)[1]["params"]
     np.testing.assert_array_equal(state["params"]["embedding"], clean["embedding"])
     assert int(state["step"]) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_bad_update_is_held_back_by_branch_and_by_select(backend, monkeypatch):
+    """A CPU takes a branch, an accelerator a select (traced here as if there were one): same numbers, same refusal."""
+    monkeypatch.setattr("jaxlm.train.step.jax.default_backend", lambda: backend)
+    same(run(tiny())[1], reference()[1], 1e-6)
+    nan = lambda state: {**state, "params": {**state["params"], "embedding": state["params"]["embedding"] * jnp.nan}}
+    _, state, metrics, _ = run(tiny(), steps=1, spoil=nan)
+    assert not metrics["finite"] and int(state["step"]) == 1
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(state["opt_state"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_state_keeps_its_types_with_every_optimizer(name, dtype):
+    c = tiny(optimizer__name=name, optimizer__moment_dtype=dtype)
+    model = build_model(c, 48, "plain")
+    optimizer = build_optimizer(c, model.specs)
+    state = jax.eval_shape(build_init(c, model, optimizer), 0)
+    hyper = {"learning_rate": np.float32(0.1), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
+    step = build_train_step(c, model, build_objective(c), optimizer, build_schedule(c))
+    after = jax.eval_shape(step, state, ragged_batch(c), hyper)[0]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
 
 
 def test_ema_follows_the_parameters():

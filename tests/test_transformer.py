@@ -39,6 +39,7 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
     dict(),
     dict(value_residual=True, window=3, window_pattern="LG", num_kv_heads=1, qk_norm=True),
     dict(norm="layer", position="learned", feedforward="gelu", attention_bias=True, mlp_bias=True, block="parallel"),
+    dict(feedforward="moe", num_experts=4, shared_experts=1, window=3, window_pattern="LG", value_residual=True),
 ])
 def test_scan_equals_unrolled_and_remat(options):
     reference = hidden(tiny(**options), TOKENS)
@@ -49,6 +50,7 @@ def test_scan_equals_unrolled_and_remat(options):
 @pytest.mark.parametrize("options", [
     dict(), dict(num_kv_heads=1, window=4, window_pattern="LG", value_residual=True, attention_softcap=5.0),
     dict(position="learned", scan_layers=True), dict(ngram_max=3, ngram_buckets=64),
+    dict(feedforward="moe", num_experts=4, shared_experts=1, bias_update_rate=0.1),
 ])
 def test_cached_decoding_equals_full_pass(options):
     config = tiny(**options)
@@ -58,7 +60,7 @@ def test_cached_decoding_equals_full_pass(options):
 
     @jax.jit
     def step(p, tokens, cache, index):
-        return nnx.merge(model.graph, p).hidden(tokens, cache=cache, cache_index=index)
+        return nnx.merge(model.graph, p).hidden(tokens, cache=cache, cache_index=index)[:2]
 
     cache = nnx.merge(model.graph, params).init_cache(2, 12)
     x, cache = step(params, TOKENS[:, :5], cache, 0)

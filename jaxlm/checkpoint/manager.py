@@ -11,10 +11,12 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +44,9 @@ class Checkpoints:
     def _make(self):
         try:
             os.makedirs(self.directory, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.directory).close()  # now, not after hours at the first save
         except OSError as error:
-            raise UserError(f"{self.directory}: cannot be made ({error.strerror}); choose another --workdir") from error
+            raise UserError(f"{self.directory}: cannot be written ({error.strerror}); choose another --workdir") from error
 
     @property
     def manager(self):
@@ -79,6 +82,15 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
+
+    def require_room(self, abstract_state) -> None:
+        """Raises UserError where the disk cannot take one checkpoint of the state: the newest one is kept until the next is
+        whole. Compression saves little on trained parameters."""
+        need = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+        free = shutil.disk_usage(self.directory).free
+        if free < need:
+            raise UserError(f"{self.directory}: a checkpoint takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free "
+                            "space or choose another --workdir")
 
     def save(self, step: int, state, metrics: dict | None, meta: dict) -> None:
         """Starts the save and returns once the state may be donated. A step already saved is left as it is."""

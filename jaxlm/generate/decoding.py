@@ -41,13 +41,13 @@ class Generator:
 
         def prefill(params, tokens_1S, length, key):
             module = nnx.merge(model.graph, params)
-            x, cache = module.hidden(tokens_1S, cache=module.init_cache(1, seq_len))
+            x, cache, _ = module.hidden(tokens_1S, cache=module.init_cache(1, seq_len))
             token, key = pick(module, x, length - 1, key)
             return token, cache, key
 
         def decode(params, token, cache, index, key):
             module = nnx.merge(model.graph, params)
-            x, cache = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index)
+            x, cache, _ = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index)
             token, key = pick(module, x, 0, key)
             return token, cache, index + 1, key
 

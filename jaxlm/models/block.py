@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.models import moe  # noqa: F401  registers itself
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.feedforward import FEEDFORWARDS
 from jaxlm.models.norms import build_norm
@@ -22,6 +23,9 @@ class Context(NamedTuple):
     dropout: float
     cache_index: Any = 0  # where this call's first token stands, when decoding
     context_method: str = "ring"  # how attention sees keys on other devices
+    decoding: bool = False  # with a cache
+    live: Any = None  # (B, T) bool: not padding; None: all
+    order: Any = None  # (T,) places of the tokens in the sequence, where they stand in another order than their own
 
 
 class Inits(NamedTuple):
@@ -54,14 +58,15 @@ class Block(nnx.Module):
         self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
 
     def __call__(self, x_BTD, context: Context, window, first_value=None, is_first=False, cache=None, keys_BT=None):
-        """-> (x_BTD, v_BSKH of the first layer, cache). A serial block is attention, then feed-forward; a parallel one adds both
-        at once."""
+        """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
+        feed-forward; a parallel one adds both at once."""
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, window, first_value, is_first, cache)
         x_BTD = x_BTD + drop(residual(a_BTD), context.dropout, fold_in(keys_BT, 0))
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
-        return x_BTD + drop(residual(self.feedforward(h_BTD)), context.dropout, fold_in(keys_BT, 1)), value, cache
+        f_BTD, stats = self.feedforward(h_BTD, context)
+        return x_BTD + drop(residual(f_BTD), context.dropout, fold_in(keys_BT, 1)), value, cache, stats
 
 
 def residual(x_BTD):

@@ -1,4 +1,4 @@
-"""Feed-forward layers: x_BTD -> x_BTD through a wider hidden layer F."""
+"""Feed-forward layers: (x_BTD, context) -> (x_BTD, stats); stats is None but for a mixture of experts (`jaxlm.models.moe`)."""
 
 from functools import partial
 
@@ -14,26 +14,36 @@ from jaxlm.registry import Registry
 FEEDFORWARDS = Registry("feed-forward", key="model.feedforward")
 
 
+def relu2(x):
+    """Squared ReLU (So et al., arXiv:2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+FORMS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False), "relu2": (relu2, False)}
+
+
 class FeedForward(nnx.Module):
     """`down(activation(up(x)))`, or with a gate `down(activation(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202)."""
 
-    def __init__(self, config, rngs, inits, activation, gated):
-        m = config.model
-        self.activation = activation
-        self.up = Linear(m, rngs, m.embed_dim, m.mlp_dim, ("embed", "mlp"), inits.hidden(m.embed_dim))
+    def __init__(self, config, rngs, inits, form: str, mlp_dim: int):
+        m, F = config.model, mlp_dim
+        self.activation, gated = FORMS[form]
+        self.up = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
         if gated:
-            self.gate = Linear(m, rngs, m.embed_dim, m.mlp_dim, ("embed", "mlp"), inits.hidden(m.embed_dim))
-        self.down = Linear(m, rngs, m.mlp_dim, m.embed_dim, ("mlp", "embed"), inits.output(m.mlp_dim))
+            self.gate = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
+        self.down = Linear(m, rngs, F, m.embed_dim, ("mlp", "embed"), inits.output(F))
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, context=None):
         inner = (self.gate, self.up) if hasattr(self, "gate") else (self.up,)
-        return self.down(self._activate(*(constrain(layer(x_BTD), "batch", "seq", "mlp") for layer in inner)))
+        h_BTF = activate(self.activation, *(constrain(layer(x_BTD), "batch", "seq", "mlp") for layer in inner))
+        return self.down(h_BTF), None
 
-    @partial(jax.checkpoint, static_argnums=0)
-    def _activate(self, h_BTF, up_BTF=None):
-        """The gradient starts from the products again: cheaper than to keep what lies between."""
-        a_BTF = self.activation(h_BTF)
-        return a_BTF if up_BTF is None else a_BTF * up_BTF
+
+@partial(jax.checkpoint, static_argnums=0)
+def activate(activation, h_BTF, up_BTF=None):
+    """The gradient starts from the products again: cheaper than to keep what lies between."""
+    a_BTF = activation(h_BTF)
+    return a_BTF if up_BTF is None else a_BTF * up_BTF
 
 
 class Linear(nnx.Module):
@@ -47,22 +57,9 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
-@FEEDFORWARDS.register("swiglu")
-def swiglu(config, rngs, inits):
-    return FeedForward(config, rngs, inits, jax.nn.silu, gated=True)
+def build_dense(form: str, config, rngs, inits):
+    return FeedForward(config, rngs, inits, form, config.model.mlp_dim)
 
 
-@FEEDFORWARDS.register("geglu")
-def geglu(config, rngs, inits):
-    return FeedForward(config, rngs, inits, jax.nn.gelu, gated=True)
-
-
-@FEEDFORWARDS.register("gelu")
-def gelu(config, rngs, inits):
-    return FeedForward(config, rngs, inits, jax.nn.gelu, gated=False)
-
-
-@FEEDFORWARDS.register("relu2")
-def relu2(config, rngs, inits):
-    """Squared ReLU (So et al., arXiv:2109.08668)."""
-    return FeedForward(config, rngs, inits, lambda x: jnp.square(jax.nn.relu(x)), gated=False)
+for _form in FORMS:
+    FEEDFORWARDS.register(_form)(partial(build_dense, _form))

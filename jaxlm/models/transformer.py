@@ -51,7 +51,10 @@ class Transformer(nnx.Module):
                                                   m.param_dtype, num_inputs=1))
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
-        """-> (x_BTD after the last norm, cache). `keys_B`, one a row: dropout is on. `cache` (`init_cache`): for decoding."""
+        """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
+
+        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`).
+        """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
@@ -70,20 +73,23 @@ class Transformer(nnx.Module):
         if keys_B is not None and self.dropout:
             keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, len(self.windows)))
-        segment_ids_BT = segment_ids_BT if self.isolate else None
+        live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
+        segment_ids_BT, order = segment_ids_BT if self.isolate else None, None
         ring = self.context_method == "ring" and mesh_size("context") > 1
         if ring:
             order = zigzag_order(tokens_BT.shape[1])
             x_BTD, positions_BT = zigzag(x_BTD), positions_BT[:, order]
-            keys_BT, segment_ids_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT))
+            keys_BT, segment_ids_BT, live_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT, live_BT))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
-                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method)
-        x_BTD, layer_cache = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
+                          dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
+                          decoding=cache is not None, live=live_BT, order=order)
+        x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
-        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache)
+        return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats
 
     def _run_layers(self, x_BTD, context, keys_BT, cache):
-        """All blocks in order -> (x_BTD, cache); over the stages of a pipeline where the mesh has them."""
+        """All blocks in order -> (x_BTD, cache, stats), the last two stacked over layers, or None; over the stages of a pipeline
+        where the mesh has them."""
         graph, stacked = nnx.split(self.layers)
         if mesh_size("stage") == 1:
             return self._run_some(graph, stacked, 0, x_BTD, None, context, keys_BT, cache)[1:]
@@ -91,34 +97,36 @@ class Transformer(nnx.Module):
         known = context.rope is not None and len(context.rope[0]) == 1  # the same for every row: not dealt out
 
         def stage(layers, first_layer, x, rows):
-            rope, segment_ids, keys = rows
-            here = context._replace(rope=context.rope if known else rope, segment_ids=segment_ids)
-            value, x, _ = self._run_some(graph, layers, first_layer, *x, here, keys, None)
-            return x, value
+            rope, segment_ids, live, keys = rows
+            here = context._replace(rope=context.rope if known else rope, segment_ids=segment_ids, live=live)
+            value, x, _, stats = self._run_some(graph, layers, first_layer, *x, here, keys, None)
+            return (x, value), stats
 
-        rows = (None if known else context.rope, context.segment_ids, keys_BT)
-        x_BTD, _ = run_pipeline(stage, stacked, (x_BTD, value), rows, asked=self.microbatches, repeats=self.pipeline_repeats)
-        return residual(x_BTD), None
+        rows = (None if known else context.rope, context.segment_ids, context.live, keys_BT)
+        (x_BTD, _), stats = run_pipeline(stage, stacked, (x_BTD, value), rows, asked=self.microbatches,
+                                         repeats=self.pipeline_repeats)
+        return residual(x_BTD), None, stats
 
     def _run_some(self, graph, stacked, first_layer, x_BTD, value, context, keys_BT, cache):
-        """The stacked blocks, from `first_layer` (traced in a pipeline) on -> (value, x_BTD, cache). `value` is v_BSKH of the
-        first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern, so that windows
-        stay static."""
+        """The stacked blocks, from `first_layer` (traced in a pipeline) on -> (value, x_BTD, cache, stats). `value` is v_BSKH of
+        the first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern, so that
+        windows stay static."""
         length, period = len(jax.tree.leaves(stacked)[0]), len(self.pattern)
 
         def block(x, value, state, layer, layer_cache, window):
             keys = fold_in(keys_BT, layer)
-            x, value, layer_cache = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
-            return x, value if self.value_residual else None, layer_cache
+            x, value, *out = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
+            return x, value if self.value_residual else None, out
 
         if self.remat == "full":
             block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
+        stack = lambda outs: jax.tree.map(lambda *a: jnp.stack(a), *outs)
         if not self.scan:
-            caches = []
+            outs = []
             for i, (state, layer_cache) in enumerate(unstack((stacked, cache), length)):
                 x_BTD, value, out = block(x_BTD, value, state, first_layer + i, layer_cache, self.pattern[i % period])
-                caches.append(out)
-            return value, x_BTD, None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+                outs.append(out)
+            return value, x_BTD, *stack(outs)
         if self.value_residual and value is None:
             value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype)
 
@@ -127,12 +135,12 @@ class Transformer(nnx.Module):
             for i, window in enumerate(self.pattern):
                 x, value, out = block(x, value, *jax.tree.map(lambda a, i=i: a[i], xs_P), window)
                 outs.append(out)
-            return (x, value), (None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *outs))
+            return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
         xs = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), xs)
         (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs)
-        return value, x_BTD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+        return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @property
     def head_kernel(self):

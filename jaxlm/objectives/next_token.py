@@ -1,9 +1,10 @@
 """Objectives: (model, batch, keys_B) -> (loss_sum, weight_sum, aux). Sums, never means: the mean is taken once, over the
-global batch, so that accumulation, data parallelism and evaluation agree exactly."""
+global batch, so that accumulation, data parallelism and evaluation agree exactly. aux is a dict of sums too."""
 
 import jax.numpy as jnp
 
 from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.models.moe import build_router_loss
 from jaxlm.registry import Registry
 
 OBJECTIVES = Registry("objective", key="objective.name")
@@ -15,17 +16,20 @@ def build_objective(config):
 
 @OBJECTIVES.register("next_token")
 def next_token(config):
-    """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss and label smoothing."""
+    """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss, label smoothing and the routers' losses."""
     isolate = config.data.isolate_documents
     z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
+    router_loss = build_router_loss(config)
 
     def objective(model, batch, keys_B=None):
         # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
         positions_BT = batch["positions"] if isolate else None
-        x_BTD, _ = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B)
+        x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B)
         loss_sum, nll_sum = cross_entropy(
             x_BTD, model.head_kernel, batch["targets"], batch["loss_mask"], cap=model.final_softcap,
             z_loss=z_loss, label_smoothing=smoothing, method=method)
-        return loss_sum, jnp.sum(batch["loss_mask"]), {"nll": nll_sum}
+        weight_B = jnp.sum(batch["loss_mask"], axis=1)
+        router_sum, aux = router_loss(stats, weight_B)
+        return loss_sum + router_sum, jnp.sum(weight_B), {"nll": nll_sum, **aux}
 
     return objective

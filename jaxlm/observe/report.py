@@ -22,6 +22,9 @@ table{border-collapse:collapse;width:100%;font-size:13px}td{border-top:1px solid
 td:first-child{font-family:ui-monospace,monospace}tr.set td{font-weight:600}
 """
 
+ROUTER_CHARTS = {"Fullest expert (multiple of an equal share)": "expert_load_max", "Load-balance loss": "load_balance_loss",
+                 "Router z-loss": "router_z_loss"}
+
 
 def write_report(workdir: str) -> str:
     """Reads what is there of config.json, summary.json, metrics.jsonl and samples.jsonl; -> the path of the page."""
@@ -43,6 +46,7 @@ def write_report(workdir: str) -> str:
 {chart("Gradient norm", pairs(train, "grad_norm"))}
 {chart("Learning rate", pairs(train, "learning_rate"), smooth=False)}
 {chart("Data wait (share of time)", pairs(train, "data_wait_fraction"))}
+{"".join(chart(title, points) for title, name in ROUTER_CHARTS.items() if (points := pairs(train, name)))}
 </div>
 <h2>Generated text</h2>{"".join(sample(s) for s in reversed(samples[-6:])) or '<p class="dim">none (eval.sample_tokens=0)</p>'}
 <h2>Config</h2><p class="dim">Keys that differ from the defaults come first, in bold.</p>{config_table(config)}

@@ -87,29 +87,29 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTran
 
 
 def per_layer(specs, transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """For a transform with a norm of each parameter (a trust ratio, an RMS clip): each layer of a stacked leaf is its
-    own parameter. State is keyed by parameter path, by which it is sharded like its parameter."""
+    """For a transform with a norm of each parameter (a trust ratio, an RMS clip): each layer and expert of a stacked leaf is
+    its own parameter. State is keyed by parameter path, by which it is sharded like its parameter."""
     with_paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
-    stacked = [spec.stacked for _, spec in with_paths]
+    depths = [spec.num_stacked for _, spec in with_paths]
+    kinds = {kind: depth for depth, kind in enumerate(("others", "layers", "experts")) if depth in depths}
 
     def split(values):
-        pairs = list(zip(names, tree.flatten_up_to(values), stacked, strict=True))
-        of = lambda wanted: {n: v for n, v, is_stacked in pairs if is_stacked == wanted}
-        return of(True), of(False)
+        named = list(zip(names, tree.flatten_up_to(values), depths, strict=True))
+        return {kind: {n: v for n, v, its_depth in named if its_depth == depth} for kind, depth in kinds.items()}
+
+    def each(function, depth):
+        return jax.vmap(each(function, depth - 1)) if depth else function
 
     def init(params):
-        layers, others = split(params)
-        return {"layers": jax.vmap(transform.init)(layers) if layers else (), "others": transform.init(others)}
+        return {kind: each(transform.init, kinds[kind])(leaves) for kind, leaves in split(params).items()}
 
     def update(grads, state, params=None):
-        (layer_grads, other_grads), (layer_params, other_params) = split(grads), split(params)
-        out, others_state = transform.update(other_grads, state["others"], other_params)
-        layers_state = state["layers"]
-        if layer_grads:
-            layer_out, layers_state = jax.vmap(transform.update)(layer_grads, layers_state, layer_params)
-            out = {**out, **layer_out}
-        return tree.unflatten([out[n] for n in names]), {"layers": layers_state, "others": others_state}
+        grads, params, out, new_state = split(grads), split(params), {}, {}
+        for kind, depth in kinds.items():
+            updates, new_state[kind] = each(transform.update, depth)(grads[kind], state[kind], params[kind])
+            out.update(updates)
+        return tree.unflatten([out[n] for n in names]), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -148,6 +148,25 @@ def lion(config, specs):
 def lamb(config, specs):
     o = config.optimizer
     return per_layer(specs, optax.chain(optax.scale_by_adam(o.b1, o.b2, o.eps), optax.scale_by_trust_ratio()))
+
+
+@OPTIMIZERS.register("rmsprop")
+def rmsprop(config, specs):
+    return optax.scale_by_rms(config.optimizer.b2, config.optimizer.eps)
+
+
+@OPTIMIZERS.register("adan")
+def adan(config, specs):
+    """arXiv:2208.06677; b1, b2, b3 are one minus the paper's."""
+    o = config.optimizer
+    return optax.scale_by_adan(o.b1, o.b2, o.b3, o.eps)
+
+
+@OPTIMIZERS.register("novograd")
+def novograd(config, specs):
+    """arXiv:1905.11286: the second moment is one number per layer of each parameter."""
+    o = config.optimizer
+    return per_layer(specs, optax.scale_by_novograd(o.b1, o.b2, o.eps))
 
 
 def _register_adam_like(name, transform):

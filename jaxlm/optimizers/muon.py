@@ -31,8 +31,9 @@ def muon(specs, adam: optax.GradientTransformation, momentum: float, nesterov: b
          moment_dtype=jnp.float32):
     """Muon for hidden matrices, `adam` times `adam_lr_ratio` for all else (embedding, head, vectors).
 
-    A kernel with several head axes is one matrix: its `num_inputs` leading axes by the rest. Matrices of one shape are
-    orthogonalised together, in one batch. State is keyed by parameter path, by which it is sharded like its parameter.
+    A kernel with several head axes is one matrix: its `num_inputs` leading axes by the rest; each expert has its own. Matrices
+    of one shape are orthogonalised together, in one batch. State is keyed by parameter path, by which it is sharded like its
+    parameter.
     """
     with_paths, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
@@ -42,9 +43,8 @@ def muon(specs, adam: optax.GradientTransformation, momentum: float, nesterov: b
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
     def matrix_shape(spec):
-        layers = spec.shape[:1] if spec.stacked else (1,)
-        dims = spec.shape[1:] if spec.stacked else spec.shape
-        return (*layers, math.prod(dims[: spec.num_inputs]), math.prod(dims[spec.num_inputs :]))
+        dims = spec.shape[spec.num_stacked :]
+        return tuple(map(math.prod, (spec.shape[: spec.num_stacked], dims[: spec.num_inputs], dims[spec.num_inputs :])))
 
     shapes = {i: matrix_shape(leaves[i]) for i in hidden}
 

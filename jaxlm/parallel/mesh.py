@@ -101,6 +101,8 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if m.num_heads % sizes["tensor"] == 0:
         divides(m.num_kv_heads, "model.num_kv_heads", ("tensor",))
     divides(m.mlp_dim, "model.mlp_dim", ("tensor",))
+    if m.feedforward == "moe":
+        divides(m.num_experts, "model.num_experts", ("expert",))
     divides(m.embed_dim, "model.embed_dim", ("fsdp",))
     divides(config.seq_len, "seq_len", ("context", "tensor"))
     chunks = 2 * sizes["context"]

@@ -12,6 +12,7 @@ all forward ticks, then all backward ones; 1F1B is not here, so keep memory down
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.rules import BATCH, constrain, mesh_size
@@ -27,9 +28,10 @@ def microbatches(rows: int, stages: int, asked: int) -> int:
 
 
 def run_pipeline(stage, stacked, x, rows, *, asked: int, repeats: int):
-    """All layers over all rows -> tree like x.
+    """All layers over all rows -> (tree like x, what each layer tells of each row, (L, B, ...)).
 
-    stage: (parameters of a run of layers, index of its first layer, x, rows) -> x, on one micro-batch.
+    stage: (parameters of a run of layers, index of its first layer, x, rows) -> (x, tree of (L/(SR), b, ...)), on one
+    micro-batch of b rows.
     stacked: parameters (L, ...). x: tree of activations (B, T, ...), changed by each stage. rows: tree of arrays (B, ...) that
     belong to the same rows and do not change. asked: micro-batches, 0 for a choice.
     """
@@ -60,7 +62,7 @@ def run_pipeline(stage, stacked, x, rows, *, asked: int, repeats: int):
         held = jax.tree.map(lambda new, old: lay_out(jnp.where(over(stage_ids, old) == 0, new, old), 1), incoming, held)
         mine = jax.tree.map(lambda p: jax.vmap(lambda q, r: q[r])(p, turn) if R > 1 else p[:, 0], params)
         first_layer = (turn * S + stage_ids) * run_length
-        out = jax.vmap(stage, spmd_axis_name=AXIS)(mine, first_layer, held, jax.tree.map(lambda a: a[micro], rows))
+        out, told = jax.vmap(stage, spmd_axis_name=AXIS)(mine, first_layer, held, jax.tree.map(lambda a: a[micro], rows))
         held = jax.tree.map(lambda o: lay_out(jnp.roll(o, 1, axis=0), 1), out)
 
         def keep(w, new):  # what the last stage finished, now at the first; nothing arrives in the first S-1 ticks
@@ -68,15 +70,21 @@ def run_pipeline(stage, stacked, x, rows, *, asked: int, repeats: int):
             old = jax.lax.dynamic_index_in_dim(w, slot, 1, keepdims=False)
             return lay_out(jax.lax.dynamic_update_index_in_dim(w, jnp.where(t >= S - 1, new, old), slot, 1), 2)
 
-        return (held, jax.tree.map(keep, waiting, held)), None
+        return (held, jax.tree.map(keep, waiting, held)), told
 
-    (_, done), _ = jax.lax.scan(tick, (held, waiting), jnp.arange(M * R + S - 1))
+    (_, done), told = jax.lax.scan(tick, (held, waiting), jnp.arange(M * R + S - 1))
 
     def collect(w):  # from the first stage to all: one sum over stages
         first = jnp.sum(jnp.where(over(stage_ids, w) == 0, w, 0), axis=0)
         return first.swapaxes(0, 1).reshape(-1, *first.shape[2:])
 
-    return jax.tree.map(collect, done)
+    turn, stage_id, micro = np.ogrid[:R, :S, :M]
+
+    def in_order(a):  # (ticks, S, L/(SR), b, ...) -> (L, B, ...): stage s works on micro-batch m of turn r at tick rM + m + s
+        a = jnp.moveaxis(a[turn * M + micro + stage_id, stage_id], 2, 4)  # (R, S, L/(SR), b, M, ...)
+        return a.reshape(layers, -1, *a.shape[5:])
+
+    return jax.tree.map(collect, done), jax.tree.map(in_order, told)
 
 
 def over(stage_ids, a):

@@ -22,6 +22,7 @@ RULES = {
     "batch": BATCH,
     "seq": "context",
     "norm_seq": ("context", "tensor"),  # the residual stream and its norms: Megatron's sequence parallelism (arXiv:2205.05198)
+    "expert_batch": ("data", "fsdp"),  # rows of arrays that are cut up over experts
     "stage": "stage",
     None: None,
 }

@@ -19,6 +19,7 @@ from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.attention import choose_backend
+from jaxlm.models.moe import ROUTER_METRICS, describe_experts
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
@@ -39,9 +40,10 @@ from jaxlm.train.stop import StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
-          alive=lambda doing="", allowance=1: None) -> dict | None:
+          overrides: list[str] = (), alive=lambda doing="", allowance=1: None) -> dict | None:
     """Train to `config.steps`. All processes of a run call it alike; process 0 writes what there is once, and returns the
-    summary. `alive` is called at each sign of progress (`Watchdog.beat`).
+    summary. overrides: those already in `config`, for `Tracked.unread`. `alive` is called at each sign of progress
+    (`Watchdog.beat`).
 
     Raises UserError, Diverged, Preempted (see `jaxlm.errors`).
     """
@@ -71,7 +73,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     # Read elsewhere: by the validation, by the command line, by the writers.
     _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
     _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
-    if unread := config.unread(default.get_config()):
+    if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
     share(lambda: open_run_directory(workdir, full_config, allow_config_change), "run directory")
     alive("starting", SLOW)
@@ -88,6 +90,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     latest = checkpoints.latest()
     if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
+    checkpoints.require_room(abstract)
     alive("restoring" if latest is not None else "initialising", SLOW)
     if latest is not None:
         _, state, _ = checkpoints.restore(abstract)
@@ -121,8 +124,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     peak = peak_flops(jax.devices()[0].device_kind)
     peak = peak * mesh.size if peak else None
     names = list(flatten_paths(model.specs))
+    active = model.num_active_parameters
+    active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
     about = [
-        f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters, vocabulary {data.vocab_size:,}, "
+        f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters{active}, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
@@ -130,6 +135,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
+        *describe_experts(config, jax.default_backend()),
     ]
     process_log.write("\n".join(about))
     progress.start([*about, about_processes()] if num_processes() > 1 else about)
@@ -175,7 +181,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         speed = speeds[len(speeds) // 2] if speeds else None
         summary = {
             "status": status, "exit_code": exit_code, "steps": step, "tokens": totals["tokens"],
-            "parameters": model.num_parameters, "train_loss": totals["train_loss"],
+            "parameters": model.num_parameters, "active_parameters": model.num_active_parameters,
+            "train_loss": totals["train_loss"],
             "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
             "bits_per_byte": totals["valid"]["bits_per_byte"] if totals["valid"] else None,
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
@@ -224,6 +231,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 totals["speeds"].append(speed)
             line = {"split": "train", "step": step, "tokens": totals["tokens"], "loss": metrics["loss"],
                     "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
+                    **{k: metrics[k] for k in ROUTER_METRICS if k in metrics},
                     "mfu": speed * causal_flops / peak if peak and speed else None,
                     "mfu_palm": speed * palm_flops / peak if peak and speed else None,
                     "elapsed_seconds": time.time() - began}

@@ -23,10 +23,16 @@ class Model(NamedTuple):
         return sum(size_of(s) for s in spec_leaves(self.specs))
 
     @property
+    def num_active_parameters(self) -> int:
+        """Those that one token uses: fewer than all only in a mixture of experts."""
+        return sum(active_size_of(s) for s in spec_leaves(self.specs))
+
+    @property
     def num_matmul_parameters(self) -> int:
-        """P of the FLOP count: parameters in matrix products, the head included, the embedding look-up not."""
+        """P of the FLOP count: parameters of a token's matrix products, the head included, the embedding look-up not; of a
+        mixture of experts, those of the experts that a token is sent to."""
         specs = flatten_paths(self.specs)
-        total = sum(size_of(s) for s in specs.values() if s.num_inputs)
+        total = sum(active_size_of(s) for s in specs.values() if s.num_inputs)
         return total if "head/kernel" in specs else total + size_of(specs["embedding"])
 
 
@@ -56,6 +62,10 @@ def size_of(spec: ParamSpec) -> int:
     for n in spec.shape:
         size *= n
     return size
+
+
+def active_size_of(spec: ParamSpec) -> int:
+    return round(size_of(spec) * spec.share)
 
 
 def flatten_paths(tree) -> dict:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.models.moe import balance_biases, router_metrics
 from jaxlm.parallel.rules import constrain
 from jaxlm.train.state import lay_out
 
@@ -18,6 +19,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
     """
     accum, clip_norm = config.grad_accum_steps, config.optimizer.clip_norm
     ema_decay, dropout = config.optimizer.ema_decay, config.model.dropout
+    bias_rate = config.model.bias_update_rate if config.model.feedforward == "moe" else 0.0
 
     def train_step(state, batch, hyper):
         params, step = state["params"], state["step"]
@@ -30,25 +32,27 @@ def build_train_step(config, model, objective, optimizer, schedule):
             micro, keys_B = rows
             micro = {name: constrain(a, "batch", "seq") for name, a in micro.items()}
             loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, params), micro, keys_B=keys_B)
-            return loss_sum, (weight_sum, aux["nll"])
+            return loss_sum, (weight_sum, aux)
 
         def gradient(params, rows):
             (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
             return sums, lay_out(model, grads)
 
         if accum == 1:
-            (weight, nll), grads = gradient(params, (batch, keys_B))
+            (weight, aux), grads = gradient(params, (batch, keys_B))
         else:
             # Rows are dealt out in turn, so that each micro-batch keeps the sharding of the whole.
             micros = jax.tree.map(lambda a: a.reshape(-1, accum, *a.shape[1:]).swapaxes(0, 1), (batch, keys_B))
 
             def accumulate(total, rows):
-                return jax.tree.map(jnp.add, total, gradient(params, rows)), None
+                sums, grads = gradient(params, rows)
+                return jax.tree.map(jnp.add, total, grads), sums
 
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            zero = ((jnp.zeros(()), jnp.zeros(())), lay_out(model, zeros))
-            ((weight, nll), grads), _ = jax.lax.scan(accumulate, zero, micros)
+            grads, sums = jax.lax.scan(accumulate, lay_out(model, zeros), micros)
+            weight, aux = jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
+        nll = aux["nll"]
         weight = jnp.maximum(weight, 1.0)  # a batch of padding only: a zero gradient, not 0/0
         squares = jnp.stack([jnp.sum(jnp.square((g / weight).astype(jnp.float32))) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
@@ -59,6 +63,8 @@ def build_train_step(config, model, objective, optimizer, schedule):
         def update(old, grads):
             grads = jax.tree.map(lambda g: g / weight * shrink.astype(g.dtype), grads)
             params, opt_state = optimizer.update(grads, old["opt_state"], old["params"], learning_rate, hyper["weight_decay"])
+            if bias_rate:  # by rule, not by gradient: what the optimizer made of them is forgotten
+                params = balance_biases(params, old["params"], aux["expert_counts"], bias_rate)
             new = {"params": params, "opt_state": opt_state}
             if ema_decay:
                 new["ema"] = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, old["ema"], params)
@@ -79,6 +85,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
             "tokens": weight,
             "finite": finite,
             "bad_leaf": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
+            **router_metrics(aux, weight),
         }
         return {"step": step + 1, **new_state}, metrics
 
