@@ -202,6 +202,7 @@ MESHES = {
     "expert=4,fsdp=2": dict(mesh__expert=4, mesh__fsdp=2),
     "expert=2,tensor=2,data=2": dict(mesh__expert=2, mesh__tensor=2, mesh__data=2),
     "expert=2,context=2,fsdp=2": dict(mesh__expert=2, mesh__context=2, mesh__fsdp=2),
+    "stage=2,expert=2,fsdp=2": dict(mesh__stage=2, mesh__expert=2, mesh__fsdp=2),
 }
 MODELS = {
     "dropless": dict(),
@@ -220,7 +221,8 @@ def reference(kind):
     ("dropless", "expert=4,fsdp=2", 1), ("dropless", "expert=4,fsdp=2", 4), ("dropless", "expert=2,tensor=2,data=2", 1),
     ("dropless", "expert=2,tensor=2,data=2", 4), ("dropless", "expert=2,context=2,fsdp=2", 1),
     ("capacity", "expert=4,fsdp=2", 4), ("capacity", "expert=2,tensor=2,data=2", 1),
-    ("capacity", "expert=2,context=2,fsdp=2", 1)])
+    ("capacity", "expert=2,context=2,fsdp=2", 1), ("capacity", "stage=2,expert=2,fsdp=2", 1),
+    ("dropless", "stage=2,expert=2,fsdp=2", 1)])
 def test_every_mesh_gives_the_same_curve_and_gradient(kind, mesh, accum):
     state = assert_same_run(tiny(**MODELS[kind], **MESHES[mesh], grad_accum_steps=accum), reference(kind))
     if kind == "capacity":
