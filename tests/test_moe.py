@@ -149,7 +149,7 @@ def test_bias_follows_the_sign_rule():
 
 
 def test_balancing_evens_loads_out_and_a_bad_step_leaves_the_bias_alone():
-    c = tiny(model__num_layers=1, model__bias_update_rate=0.005, model__load_balance_weight=0.0, optimizer__nonfinite="skip")
+    c = tiny(model__num_layers=1, model__bias_update_rate=0.002, model__load_balance_weight=0.0, optimizer__nonfinite="skip")
     c.optimizer.groups = ((".*", 1.0, 1.0),)  # decay on all: not for the bias
     model = build_model(c, VOCAB, "plain")
     optimizer = build_optimizer(c, model.specs)
@@ -159,13 +159,13 @@ def test_balancing_evens_loads_out_and_a_bad_step_leaves_the_bias_alone():
     hyper = {"learning_rate": np.float32(0), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
     batch, loads = packed_batch(c, 0), []
     bias_of = lambda state: np.asarray(state["params"]["layers"]["feedforward"]["router"]["bias"])
-    for i in range(80):
+    for i in range(150):
         before = bias_of(state)
         state, metrics = step(state, batch, hyper)
         loads.append(float(metrics["expert_load_max"]))
-        moved = (bias_of(state) - before) / 0.005
+        moved = (bias_of(state) - before) / 0.002
         np.testing.assert_allclose(moved, np.round(moved), atol=1e-3, err_msg=str(i))
-    assert loads[0] > 1.5 and max(loads[-5:]) < 1.1, loads
+    assert loads[0] > 1.5 and np.mean(loads[-20:]) < 1.15, loads
     hyper["learning_rate"] = np.float32(1)
     before = bias_of(state)
     state["params"]["embedding"] = state["params"]["embedding"].at[0, 0].set(jnp.nan)
@@ -202,6 +202,7 @@ MESHES = {
     "expert=4,fsdp=2": dict(mesh__expert=4, mesh__fsdp=2),
     "expert=2,tensor=2,data=2": dict(mesh__expert=2, mesh__tensor=2, mesh__data=2),
     "expert=2,context=2,fsdp=2": dict(mesh__expert=2, mesh__context=2, mesh__fsdp=2),
+    "stage=2,expert=2,fsdp=2": dict(mesh__stage=2, mesh__expert=2, mesh__fsdp=2),
 }
 MODELS = {
     "dropless": dict(),
@@ -220,7 +221,8 @@ def reference(kind):
     ("dropless", "expert=4,fsdp=2", 1), ("dropless", "expert=4,fsdp=2", 4), ("dropless", "expert=2,tensor=2,data=2", 1),
     ("dropless", "expert=2,tensor=2,data=2", 4), ("dropless", "expert=2,context=2,fsdp=2", 1),
     ("capacity", "expert=4,fsdp=2", 4), ("capacity", "expert=2,tensor=2,data=2", 1),
-    ("capacity", "expert=2,context=2,fsdp=2", 1)])
+    ("capacity", "expert=2,context=2,fsdp=2", 1), ("capacity", "stage=2,expert=2,fsdp=2", 1),
+    ("dropless", "stage=2,expert=2,fsdp=2", 1)])
 def test_every_mesh_gives_the_same_curve_and_gradient(kind, mesh, accum):
     state = assert_same_run(tiny(**MODELS[kind], **MESHES[mesh], grad_accum_steps=accum), reference(kind))
     if kind == "capacity":
