@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import test_moe
 from test_mesh import HYPER, MESHES, build, packed_batch, tiny
 
 from jaxlm.parallel.rules import batch_sharding
@@ -19,9 +20,13 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "meshes.json"
 VERSION = f"{jax.__version__} {jax.default_backend()}"  # what the compiler does is its own, version by version
 
 
+CONFIGS = {name: tiny(**changes) for name, changes in MESHES.items()} | {
+    "expert=4,fsdp=2": test_moe.tiny(**test_moe.MESHES["expert=4,fsdp=2"])}
+
+
 @functools.cache
 def compiled(mesh_name):
-    c = tiny(**MESHES[mesh_name])
+    c = CONFIGS[mesh_name]
     mesh, model, init, shardings, step = build(c)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(init, 0), shardings)
     rows = batch_sharding(mesh)
@@ -37,7 +42,7 @@ def facts(mesh_name):
             "temporary_bytes": memory.temp_size_in_bytes}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", CONFIGS)
 def test_the_compiled_step_is_the_stored_one(mesh):
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("JAXLM_UPDATE_GOLDEN"):
@@ -52,7 +57,7 @@ def test_the_compiled_step_is_the_stored_one(mesh):
     assert found["temporary_bytes"] <= 1.02 * wanted["temporary_bytes"]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", CONFIGS)
 def test_nothing_whole_is_gathered(mesh):
     """No gather of a stacked parameter outside the layer loop, no gather of the batch, and no axis but the mesh's own."""
     c, axes, _, _, _, collectives = compiled(mesh)
@@ -78,14 +83,23 @@ def test_the_reader_of_hlo():
   %ag = f32[8,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[4,2]T(1,0), dimensions={0}
   %cp = f32[4]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
 }
+%one (p: f32[4]) -> f32[4] {
+  %a2a = f32[8]{0} all-to-all(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+%other (p: f32[4]) -> f32[4] {
+  %a2a.1 = f32[16]{0} all-to-all(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
 ENTRY %main (a: f32[4]) -> f32[4] {
+  %c = f32[4] conditional(%i, %a, %a), branch_computations={%one, %other}
   %w = f32[4] while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %ar = (f32[10]{0}, bf16[2]{0}) all-reduce-start(%b, %c), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %rs = f32[5]{0} reduce-scatter(%b), replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'b'}, dimensions={0}
 }
 """
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("x", "y", "z"))
-    found = {c.kind: c for c in collectives_of(text, mesh)}
+    collectives = collectives_of(text, mesh)
+    assert [c.sent_bytes for c in collectives if c.kind == "all-to-all"] == [16, 32]
+    found = {c.kind: c for c in collectives}
     assert found["all-gather"][1:] == (("y",), "f32[8,16]", 3, 256, True)
     assert found["collective-permute"][1:] == (("z",), "f32[4]", 3, 16, True)
     assert found["all-reduce"][1:] == (("y", "z"), "(f32[10], bf16[2])", 1, 66, False)

@@ -105,6 +105,9 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
         divides(m.num_experts, "model.num_experts", ("expert",))
     divides(m.embed_dim, "model.embed_dim", ("fsdp",))
     divides(config.seq_len, "seq_len", ("context", "tensor"))
+    if sizes["context"] > 1 and config.kernels.attention != "auto":
+        problems.append(f"kernels.attention={config.kernels.attention!r}: mesh.context={sizes['context']} attends by its own "
+                        "tiles (kernels.context), not by a backend; use kernels.attention=auto")
     chunks = 2 * sizes["context"]
     if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
         problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to "

@@ -10,7 +10,7 @@ import numpy as np
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
          "f64": 8}
-CALLS = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?%?([\w.\-]+)")
+CALLS = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 
 
 class Collective(NamedTuple):
@@ -26,7 +26,8 @@ class Collective(NamedTuple):
 
 def collectives_of(hlo: str, mesh) -> list[Collective]:
     """hlo: `compiled.as_text()`, optimised and partitioned. Counts as sent what a ring needs: (g-1)/g of the result of an
-    all-gather or the operand of a reduce-scatter among g devices, twice that for an all-reduce."""
+    all-gather or the operand of a reduce-scatter among g devices, twice that for an all-reduce. Of a branch, all
+    sides count."""
     bodies, entry = split_computations(hlo)
     found = []
 
@@ -41,9 +42,10 @@ def collectives_of(hlo: str, mesh) -> list[Collective]:
                 found.append(Collective(kind, axes_of(groups, mesh), plain(shape), times, sent(kind, shape, groups), in_loop))
                 continue
             loop, known = kind == "while", re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            for called in CALLS.findall(line):
-                if called in bodies:
-                    visit(called, times * (int(known[1]) if loop and known else 1), in_loop or loop)
+            called = [name.strip(" %") for several, one in CALLS.findall(line) for name in (several or one).split(",")]
+            for name in called:
+                if name in bodies:
+                    visit(name, times * (int(known[1]) if loop and known else 1), in_loop or loop)
 
     visit(entry, 1, False)
     return found

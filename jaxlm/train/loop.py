@@ -56,6 +56,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     backend, why = choose_backend(config, jax.default_backend())
     model = build_model(config, data.vocab_size, backend)
     mesh = build_mesh(config, model.num_parameters)
+    if mesh.shape["context"] > 1:
+        backend, why = config.kernels.context, "mesh.context cuts the sequence up"
     objective = build_objective(config)
     optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
     train_step = under_mesh(mesh, build_train_step(config, model, objective, optimizer, schedule))
