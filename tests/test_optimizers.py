@@ -86,11 +86,12 @@ def test_thin_wrappers_equal_optax(name, reference):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
 
 
-def test_novograd_keeps_one_second_moment_a_layer():
+def test_novograd_keeps_one_second_moment_a_matrix():
     config = default.get_config()
     config.optimizer.name = "novograd"
     state = build_optimizer(config, SPECS).init(random_tree(0))
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.size < 8) == [(), (), (3,), (3,), (3,)]
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.size < 8) == [
+        (), (), (3,), (3,), (3,), (3, 2), (3, 2)]  # counts and moments: all together, of each layer, of each expert
 
 
 def test_each_parameter_needs_exactly_one_group():
