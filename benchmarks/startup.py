@@ -43,6 +43,7 @@ def tiny_config(steps: int):
     c.steps, c.observe.log_every, c.observe.progress, c.observe.report = steps, 10, "none", False
     c.eval.sample_tokens, c.eval.every_steps, c.eval.batches, c.checkpoint.every_steps = 0, 0, 1, 0
     c.data.source = "files"  # the road of a real run: text, permutation, moved grid
+    c.observe.compile_cache = False
     resolve(c)
     return c
 
@@ -96,7 +97,7 @@ def main():
         first_step(folder / "tokenise", folder / "other-cache", folder / "store")
         cold = [first_step(folder / f"cold{i}", folder / f"cache{i}", folder / "store") for i in range(3)]
         warm = [first_step(folder / f"warm{i}", folder / "cache0", folder / "store") for i in range(3)]
-        start_jax(compile_cache=False)
+        start_jax(tiny_config(1))
         loops = [{"train": seconds_in_train(folder / f"loop{i}", args.steps), "bare": seconds_bare(args.steps)}
                  for i in range(9)]
     added = [1e3 * (loop["train"] - loop["bare"]) for loop in loops]

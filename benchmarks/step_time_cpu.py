@@ -13,6 +13,7 @@ import time
 import numpy as np
 from record import check_idle, save
 
+from configs import default
 from jaxlm.cli import start_jax
 
 SIZES = {
@@ -24,7 +25,6 @@ SIZES = {
 def jaxlm_arm(s):
     import jax
 
-    from configs import default
     from jaxlm.config import resolve
     from jaxlm.kernels.attention import choose_backend
     from jaxlm.objectives.next_token import build_objective
@@ -82,7 +82,9 @@ def torch_arm(s, compiled):
 
 
 def main():
-    start_jax(compile_cache=False)  # as `jaxlm train` does; one process, so PyTorch's arms get the same malloc
+    config = default.get_config()
+    config.observe.compile_cache = False
+    start_jax(config)  # as `jaxlm train` does; one process, so PyTorch's arms get the same malloc
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
