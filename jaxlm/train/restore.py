@@ -42,18 +42,26 @@ def as_tuples(value):
 
 
 def open_run(workdir: str, overrides=()) -> Run:
+    """The run as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit the
+    devices that there are, one that does."""
     config = config_of_run(workdir, overrides)
     import jax
 
+    from configs import default
     from jaxlm.checkpoint.manager import Checkpoints
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
-    from jaxlm.parallel.mesh import build_mesh
+    from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
     from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
     data = build_data(config)
     backend, _ = choose_backend(config, jax.default_backend())
     model = build_model(config, data.vocab_size, backend)
+    count = len(jax.devices())
+    asked = any(o.startswith("--config.mesh") for o in overrides)
+    if not asked and mesh_problems(config, axis_sizes(config, count), count):
+        config.mesh = default.get_config().mesh
+        config.mesh.auto = True
     mesh = build_mesh(config, model.num_parameters)
     abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
                             parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)

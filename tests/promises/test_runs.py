@@ -152,6 +152,23 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
         assert 3 < text.count("\n") <= 40, verb
 
 
+def test_a_run_of_many_devices_is_read_on_one(tmp_path):
+    env = {**ENV, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-m", "jaxlm.cli", "train", f"--workdir={tmp_path / 'm'}", *SMALL, "--config.mesh.data=2",
+               "--config.mesh.tensor=2", "--config.steps=2", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0",
+               "--config.eval.batches=0", "--config.eval.batch_size=64"]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode == 0 and "data=2, tensor=2" in result.stdout, result.stderr
+    table = [line.split() for line in result.stdout.splitlines() if line.startswith("layers/attention/query/kernel")]
+    assert table[0][1:] == ["2x32x2x16", "-,", "-,", "tensor,", "-", "4,096"], result.stdout
+    loss = json.loads((tmp_path / "m" / "summary.json").read_text())["valid_loss"]
+    result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--json")
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(json.loads(result.stdout)["loss"], loss, rtol=1e-5)
+    result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--config.mesh.tensor=2")
+    assert result.returncode == 2 and "there are 1" in result.stderr, result.stderr
+
+
 def test_the_commands_of_the_readme_run(finished):
     """Every `jaxlm` line of its shell blocks, on a small run; its `bash launch/...` lines are what `.ci/run` calls."""
     blocks = re.findall(r"```bash\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)
