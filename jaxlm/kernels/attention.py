@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.errors import UserError
+from jaxlm.kernels.backend import Backend, choose, only_on_cpu
 from jaxlm.parallel.context import attend_on_mesh
 from jaxlm.parallel.rules import on_a_mesh
 from jaxlm.registry import Registry
@@ -23,11 +23,6 @@ class Request(NamedTuple):
     segments: bool  # packed documents are isolated
 
 
-class Backend(NamedTuple):
-    supports: object  # Request -> "" if it can serve, else the reason why not
-    attend: object
-
-
 def request_of(config, platform: str) -> Request:
     m = config.model
     return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents)
@@ -35,19 +30,7 @@ def request_of(config, platform: str) -> Request:
 
 def choose_backend(config, platform: str) -> tuple[str, str]:
     """-> (name, why). Raises UserError where the backend asked for by name cannot serve."""
-    request, asked = request_of(config, platform), config.kernels.attention
-    if asked != "auto":
-        reason = BACKENDS[asked].supports(request)
-        if reason:
-            raise UserError(f"kernels.attention={asked!r}: {reason}; use kernels.attention=auto")
-        return asked, "asked for"
-    refused = []
-    for name in ("cudnn", "blockwise", "plain"):
-        reason = BACKENDS[name].supports(request)
-        if not reason:
-            return name, "; ".join(refused) or "fastest that serves"
-        refused.append(f"{name}: {reason}")
-    raise UserError("kernels.attention=auto: no backend serves this run: " + "; ".join(refused))
+    return choose(BACKENDS, config.kernels.attention, request_of(config, platform), ("cudnn", "blockwise", "plain"))
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: float = 0.0, segment_ids_BT=None,
@@ -60,9 +43,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: fl
     context_method: under a mesh that cuts the sequence up, see `jaxlm.parallel.context`.
     """
     if on_a_mesh():  # training and evaluation; decoding runs without one
-        return attend_on_mesh(BACKENDS[backend].attend, q_BTNH, k_BSKH, v_BSKH, window=window, softcap=softcap,
+        return attend_on_mesh(BACKENDS[backend].run, q_BTNH, k_BSKH, v_BSKH, window=window, softcap=softcap,
                               segment_ids_BT=segment_ids_BT, method=context_method)
-    return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+    return BACKENDS[backend].run(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
 
 
 def causal_mask(T: int, S: int, window: int, first_query):
@@ -120,10 +103,6 @@ def blockwise(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_que
     return out_XRH.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def blockwise_supports(request: Request) -> str:
-    return "" if request.platform == "cpu" else f"is for CPUs, this is {request.platform}"
-
-
 def cudnn(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
     """cuDNN's fused attention through JAX; memory linear in T. Decoding goes through `plain`: its T is 1."""
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
@@ -149,5 +128,5 @@ def cudnn_supports(request: Request) -> str:
 
 
 BACKENDS.register("plain")(Backend(lambda request: "", plain))
-BACKENDS.register("blockwise")(Backend(blockwise_supports, blockwise))
+BACKENDS.register("blockwise")(Backend(only_on_cpu, blockwise))
 BACKENDS.register("cudnn")(Backend(cudnn_supports, cudnn))

@@ -1,12 +1,12 @@
-"""Grouped matrix products: each run of rows times the kernel of its expert. Backends say what they support; `auto` takes the
-first that can serve."""
+"""Grouped matrix products: each run of rows times the kernel of its expert. A backend is (rows_XD, kernels_EDF, sizes_E) ->
+rows_XF, whatever it likes in the rows of no group."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.errors import UserError
+from jaxlm.kernels.backend import Backend, choose, only_on_cpu
 from jaxlm.registry import Registry
 
 BACKENDS = Registry("grouped matmul backend", key="kernels.grouped_matmul")
@@ -22,27 +22,10 @@ class Request(NamedTuple):
     mlp_dim: int
 
 
-class Backend(NamedTuple):
-    supports: object  # Request -> "" if it can serve, else the reason why not
-    matmul: object  # (rows_XD, kernels_EDF, sizes_E) -> rows_XF, whatever it likes in the rows of no group
-
-
 def choose_grouped_matmul(config, platform: str) -> tuple[str, str]:
     """-> (name, why). Raises UserError where the backend asked for by name cannot serve."""
     request = Request(platform, config.model.embed_dim, config.model.mlp_dim)
-    asked = config.kernels.grouped_matmul
-    if asked != "auto":
-        reason = BACKENDS[asked].supports(request)
-        if reason:
-            raise UserError(f"kernels.grouped_matmul={asked!r}: {reason}; use kernels.grouped_matmul=auto")
-        return asked, "asked for"
-    refused = []
-    for name in ("gmm", "blocked", "ragged_dot"):
-        reason = BACKENDS[name].supports(request)
-        if not reason:
-            return name, "; ".join(refused) or "fastest that serves"
-        refused.append(f"{name}: {reason}")
-    raise AssertionError("ragged_dot serves any run")
+    return choose(BACKENDS, config.kernels.grouped_matmul, request, ("gmm", "blocked", "ragged_dot"))
 
 
 def grouped_matmul(rows_XD, kernels_EDF, sizes_E, *, backend: str):
@@ -52,7 +35,7 @@ def grouped_matmul(rows_XD, kernels_EDF, sizes_E, *, backend: str):
     """
     belongs_X1 = (jnp.arange(len(rows_XD)) < jnp.sum(sizes_E))[:, None]
     rows_XD = jnp.where(belongs_X1, rows_XD, 0)
-    return jnp.where(belongs_X1, BACKENDS[backend].matmul(rows_XD, kernels_EDF.astype(rows_XD.dtype), sizes_E), 0)
+    return jnp.where(belongs_X1, BACKENDS[backend].run(rows_XD, kernels_EDF.astype(rows_XD.dtype), sizes_E), 0)
 
 
 def plain(rows_XD, kernels_EDF, sizes_E):
@@ -88,10 +71,6 @@ def blocked(rows_XD, kernels_EDF, sizes_E):
     return out_ZRF.reshape(-1, out_ZRF.shape[-1]).at[to_X].get(mode="fill", fill_value=0)
 
 
-def blocked_supports(request: Request) -> str:
-    return "" if request.platform == "cpu" else f"is for CPUs, this is {request.platform}"
-
-
 def gmm(rows_XD, kernels_EDF, sizes_E, interpret: bool = False):
     """Megablox (Gale et al., arXiv:2211.15841), JAX's Pallas kernel for TPU."""
     from jax.experimental.pallas.ops.tpu.megablox import gmm as megablox
@@ -114,5 +93,5 @@ def gmm_supports(request: Request) -> str:
 
 BACKENDS.register("plain")(Backend(lambda request: "", plain))
 BACKENDS.register("ragged_dot")(Backend(lambda request: "", ragged_dot))
-BACKENDS.register("blocked")(Backend(blocked_supports, blocked))
+BACKENDS.register("blocked")(Backend(only_on_cpu, blocked))
 BACKENDS.register("gmm")(Backend(gmm_supports, gmm))
