@@ -51,14 +51,19 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
     return config
 
 
+def split_override(override: str) -> tuple[str, str, str]:
+    """ "--config.a.b=c" -> ("a.b", "=", "c"). `--config.mesh=auto` is short for `--config.mesh.auto=True`."""
+    parts = override.removeprefix("--config.").partition("=")
+    return ("mesh.auto", "=", "True") if parts == ("mesh", "=", "auto") else parts
+
+
 def apply_overrides(config: ConfigDict, overrides: list[str]) -> None:
     problems = []
     for override in overrides:
-        name, equals, text = override.removeprefix("--config.").partition("=")
+        name, equals, text = split_override(override)
         if not override.startswith("--config.") or not equals:
             problems.append(f"{override}: unknown argument; config keys are set with --config.key=value")
             continue
-        name, text = ("mesh.auto", "True") if (name, text) == ("mesh", "auto") else (name, text)
         *groups, leaf = name.split(".")
         node, known = config, True
         for group in groups:
@@ -264,8 +269,8 @@ class Tracked:
         as keys of the optimizer it would have used; it never excuses another override.
         """
         mine, base = flatten(self._config), flatten(default)
-        given = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
-        rechosen = {key.rpartition(".")[0] for key in given if isinstance(mine[key], str)}
+        given = {split_override(override)[0] for override in overrides}
+        rechosen = {key.rpartition(".")[0] for key in given if isinstance(mine[key], str) or key == "mesh.auto"}
         return [f"{k}={mine[k]!r}: is set, but nothing in this run reads it; remove it, or choose the part that uses it"
                 for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])
                 and (k in given or k.rpartition(".")[0] not in rechosen)]

@@ -67,6 +67,15 @@ def test_a_choice_on_the_command_line_excuses_the_presets_keys_for_the_other_par
     assert unread("schedule.name=cosine", "optimizer.learning_rate=0.1") == ["optimizer.muon_steps"]
 
 
+def test_mesh_auto_is_short_for_its_key_and_excuses_the_mesh_of_the_file():
+    config = load("configs/llama_1b.py", ["--config.mesh=auto"])
+    tracked = Tracked(config)
+    assert tracked.mesh.auto
+    of_mesh = lambda overrides: [p for p in tracked.unread(default.get_config(), overrides) if p.startswith("mesh")]
+    assert of_mesh(["--config.mesh=auto"]) == []
+    assert [p.partition("=")[0] for p in of_mesh(["--config.mesh=auto", "--config.mesh.fsdp=-1"])] == ["mesh.fsdp"]
+
+
 def test_identity_leaves_out_paths_and_logging():
     a, b = default.get_config(), default.get_config()
     b.observe.log_every, b.checkpoint.keep = 3, 9
