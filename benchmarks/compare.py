@@ -1,0 +1,307 @@
+"""jaxlm beside PyTorch and Hugging Face on this machine: tokens/s of one optimizer step, same model, same tokens, same AdamW.
+
+    python benchmarks/compare.py                          all sizes of the machine found: a GPU, or its CPU
+    python benchmarks/compare.py --sizes 124M --minutes 9
+
+An arm is timed only if it has as many parameters as jaxlm, to the unit, and from the same initial parameters the same loss
+(within 0.01 in bfloat16, 0.0005 in float32) and first gradient norm. Blocks of the arms take turns, A B C A B C; where memory
+does not hold all arms at once, one arm after the other, and the result says so. Tokens lie on the device: no arm reads data.
+What does not fit the memory or --minutes is left out, and the result says so.
+Writes results/<date>-compare-<device>-<sizes>.json, and a .png beside it where matplotlib is installed.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from arms import ARMS, SIZES
+from record import RESULTS, check_idle, save
+
+CHECKED = {"gpu": (0, 1, 10, 50), "cpu": (0, 1, 10)}  # completed steps at which losses are compared
+TOLERANCE = {"gpu": {"loss": 0.01, "grad_norm": 0.05}, "cpu": {"loss": 0.0005, "grad_norm": 0.0005}}  # the norm's: relative
+
+
+class ArmFailed(Exception):
+    def __init__(self, message: str, out_of_memory: bool = False):
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+class Worker:
+    """An arm's process. `ask` raises ArmFailed where the arm fails or does not answer before the deadline."""
+
+    def __init__(self, name, size, batch_size, folder, deadline):
+        self.name, self.deadline, self.log = name, deadline, pathlib.Path(folder, f"{size}-{name}.log")
+        here = pathlib.Path(__file__).parent
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+               # Grown as needed up to nearly all, as PyTorch's is; PyTorch compiles anew, as jaxlm does here.
+               "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+               "TORCHINDUCTOR_CACHE_DIR": str(pathlib.Path(folder, f"inductor-{size}-{name}")), "TOKENIZERS_PARALLELISM": "false"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([sys.executable, here / "arms.py", name, size, str(batch_size), folder], env=env,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def ask(self, do, **arguments):
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # the empty line below says it
+        ready, _, _ = select.select([self.process.stdout], [], [], max(1.0, self.deadline - time.monotonic()))
+        if not ready:
+            raise ArmFailed(f"{do}: no answer before --minutes was up")
+        line = self.process.stdout.readline()
+        if not line:
+            tail = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing in its log"]
+            raise ArmFailed(f"{do}: the process ended with code {self.process.wait()}: {tail[0][:300]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ArmFailed(f"{do}: {answer['error']}", answer["out_of_memory"])
+        return answer
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def parity(reference, mine, kind):
+    """-> the comparison with jaxlm's first steps, and whether it is passed."""
+    at, tolerance = CHECKED[kind], TOLERANCE[kind]
+    loss = [abs(mine["losses"][i] - reference["losses"][i]) for i in at]
+    norm = abs(mine["grad_norms"][0] / reference["grad_norms"][0] - 1)
+    return {"steps": at, "losses": [mine["losses"][i] for i in at], "loss_differences": loss,
+            "first_grad_norm": mine["grad_norms"][0], "first_grad_norm_difference": norm, "tolerance": tolerance,
+            "passed": all(d < tolerance["loss"] for d in loss) and norm < tolerance["grad_norm"]}  # NaN fails
+
+
+def gate(worker, kind, reference):
+    """Build, first steps, checks against jaxlm (`reference`, None for jaxlm itself) -> what is known of the arm."""
+    began = time.monotonic()
+    facts = worker.ask("build")
+    if facts["platform"] != kind:
+        raise ArmFailed(f"its framework sees no GPU (platform {facts['platform']}); install its CUDA version")
+    build_seconds = time.monotonic() - began
+    first = worker.ask("train", steps=1, timed=False)
+    rest = worker.ask("train", steps=CHECKED[kind][-1], timed=False)
+    trace = {name: first[name] + rest[name] for name in ("losses", "grad_norms")}
+    arm = {**facts, "build_seconds": build_seconds, "first_step_seconds": first["seconds"], "trace": trace,
+           "parity": parity(reference["trace"] if reference else trace, trace, kind)}
+    if reference and arm["parameters"] != reference["parameters"]:
+        arm["failed"] = f"{arm['parameters']} parameters, jaxlm has {reference['parameters']}"
+    elif not arm["parity"]["passed"]:
+        p = arm["parity"]
+        arm["failed"] = (f"parity: losses differ by {max(p['loss_differences']):.2g}, the first gradient norm by "
+                         f"{p['first_grad_norm_difference']:.2g}")
+    arm["matmul_tflops"] = worker.ask("matmul", n=8192 if kind == "gpu" else 2048, repeats=20 if kind == "gpu" else 3)["tflops"]
+    return arm
+
+
+def summary(blocks, steps, tokens, facts):
+    """blocks: the answers to the timed trainings of `steps` steps of `tokens` tokens; facts: jaxlm's, for the FLOPs."""
+    rates = sorted(steps * tokens / b["seconds"] for b in blocks)
+    median = statistics.median(rates)
+    share = lambda flops: median * flops / facts["peak_flops"] if facts["peak_flops"] else None
+    return {"tokens_per_second": median, "tokens_per_second_min": rates[0], "tokens_per_second_max": rates[-1],
+            "step_seconds": tokens / median, "step_cpu_seconds": statistics.median(b["cpu_seconds"] / steps for b in blocks),
+            "tflops": median * facts["flops_per_token"] / 1e12, "mfu": share(facts["flops_per_token"]),
+            "mfu_palm": share(facts["flops_per_token_palm"]), "peak_memory_bytes": max(b["peak_memory_bytes"] for b in blocks),
+            "blocks": len(blocks), "steps": steps}
+
+
+def time_blocks(workers, arms, steps, blocks, deadline, notes):
+    """Rounds over the workers; the block of an arm that fails is lost, and the arm with it."""
+    times, round_seconds = {name: [] for name in workers}, 0.0
+    for done in range(blocks):
+        if not workers or time.monotonic() + round_seconds > deadline:
+            notes.append(f"{', '.join(workers)}: {done} of {blocks} blocks, --minutes was up")
+            break
+        began = time.monotonic()
+        for name in list(workers):
+            try:
+                times[name].append(workers[name].ask("train", steps=steps, timed=True))
+            except ArmFailed as error:
+                arms[name]["failed"] = str(error)
+                if error.out_of_memory and len(workers) > 1:
+                    raise
+                workers.pop(name).stop()
+        round_seconds = time.monotonic() - began
+    return {name: blocks for name, blocks in times.items() if blocks and "failed" not in arms[name]}
+
+
+def measure(size, kind, names, args, folder, deadline, together):
+    """-> {"arms", "notes", ...} of one size. Raises ArmFailed (out_of_memory) where `together` was too much."""
+    from arms import config_of
+
+    config, steps = config_of(size, args.batch_size), SIZES[kind][size]
+    tokens, arms, notes, workers, times = config.batch_size * config.seq_len, {}, [], {}, {}
+    try:
+        for name in names:
+            if reason := unavailable(name, size, kind):
+                notes.append(f"{name}: left out: {reason}")
+                continue
+            if time.monotonic() > deadline:
+                notes.append(f"{name}: left out, --minutes was up")
+                continue
+            say(f"{size} {name}: building, first steps")
+            worker = Worker(name, size, args.batch_size, folder, deadline)
+            try:
+                arms[name] = gate(worker, kind, arms.get("jaxlm"))
+            except ArmFailed as error:
+                worker.stop()
+                if error.out_of_memory and workers:
+                    raise
+                arms[name] = {"failed": str(error)}
+            except BaseException:
+                worker.stop()
+                raise
+            if "failed" in arms[name]:
+                worker.stop()
+                say(f"{size} {name}: not timed: {arms[name]['failed']}")
+                if name == "jaxlm":
+                    notes.append("no jaxlm to compare with")
+                    break
+                continue
+            say(f"{size} {name}: loss parity passed, differences {arms[name]['parity']['loss_differences']}")
+            workers[name] = worker
+            if not together:
+                times |= time_blocks(workers, arms, steps, args.blocks, deadline, notes)
+                workers.pop(name, worker).stop()
+        if together:
+            times = time_blocks(workers, arms, steps, args.blocks, deadline, notes)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    for name, blocks in times.items():
+        arms[name] |= summary(blocks, steps, tokens, arms["jaxlm"])
+    return {"batch_size": config.batch_size, "seq_len": config.seq_len, "interleaved": together, "arms": arms, "notes": notes,
+            "param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype,
+            "moment_dtype": config.optimizer.moment_dtype, "remat": config.model.remat, "scan_layers": config.model.scan_layers}
+
+
+def unavailable(name, size, kind):
+    if name != "jaxlm" and importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    if name == "hf" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    if name == "hf" and size == "shakespeare":
+        return "transformers has no model with RMSNorm, RoPE and GELU"
+    return ""
+
+
+def find_device():
+    """-> ("gpu" or "cpu", a name for the file)."""
+    if shutil.which("nvidia-smi"):
+        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        if names.returncode == 0 and names.stdout.strip():
+            return "gpu", names.stdout.splitlines()[0].strip().replace(" ", "_").lower()
+    return "cpu", "cpu"
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(result):
+    lines = [f"{'size':12} {'arm':14} {'tokens/s':>10} {'min':>10} {'max':>10} {'MFU':>6} {'PaLM':>6} {'of matmul':>9} "
+             f"{'memory':>8} {'1st step':>8}  of jaxlm"]
+    for size, r in result["sizes"].items():
+        base = r["arms"].get("jaxlm", {}).get("tokens_per_second")
+        for name, a in r["arms"].items():
+            if "tokens_per_second" not in a:
+                lines.append(f"{size:12} {name:14} not timed: {a.get('failed', 'no block was done')}")
+                continue
+            percent = lambda x: "n/a" if x is None else f"{100 * x:.1f}%"
+            lines.append(f"{size:12} {name:14} {a['tokens_per_second']:10,.0f} {a['tokens_per_second_min']:10,.0f} "
+                         f"{a['tokens_per_second_max']:10,.0f} {percent(a['mfu']):>6} {percent(a['mfu_palm']):>6} "
+                         f"{percent(a['tflops'] / result['matmul_tflops']['best']):>9} {a['peak_memory_bytes'] / 2**30:6.1f} G "
+                         f"{a['first_step_seconds']:6.1f} s  {a['tokens_per_second'] / base:.2f}" if base else "")
+        lines += [f"{size:12} {note}" for note in r["notes"]]
+    return "\n".join(lines)
+
+
+def matmul_ceilings(sizes):
+    """The best of each framework over all arms, TFLOP/s; they should agree within 2 %."""
+    best = {"jax": 0.0, "torch": 0.0}
+    for r in sizes.values():
+        for name, a in r["arms"].items():
+            framework = "jax" if name == "jaxlm" else "torch"
+            best[framework] = max(best[framework], a.get("matmul_tflops", 0.0))
+    return {**best, "best": max(best.values()), "agree_within_2_percent": min(best.values()) > 0.98 * max(best.values())}
+
+
+def draw(result, file):
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no picture: matplotlib is not installed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(result["sizes"]), figsize=(4 * len(result["sizes"]), 3.2), squeeze=False)
+    for axis, (size, r) in zip(axes[0], result["sizes"].items(), strict=True):
+        timed = {name: a for name, a in r["arms"].items() if "tokens_per_second" in a}
+        rates = [a["tokens_per_second"] for a in timed.values()]
+        error = [[a["tokens_per_second"] - a["tokens_per_second_min"] for a in timed.values()],
+                 [a["tokens_per_second_max"] - a["tokens_per_second"] for a in timed.values()]]
+        axis.bar(list(timed), rates, yerr=error, color=["C0" if name == "jaxlm" else "0.6" for name in timed])
+        axis.set_title(f"{size}, T={r['seq_len']}, batch {r['batch_size']}", fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[0][0].set_ylabel("tokens/s, median; bars: min to max", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    say(f"drawn to {file}")
+
+
+def main():
+    kind, device = find_device()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES[kind]), choices=list(SIZES[kind]))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS[kind]), choices=ARMS[kind],
+                        help="jaxlm always runs: it is the reference")
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=60.0, help="leave out what does not fit")
+    parser.add_argument("--batch_size", type=int, default=0, help="sequences a step, in every arm; 0: the size's own")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--force", action="store_true", help="measure on a loaded machine all the same")
+    args = parser.parse_args()
+    check_idle(limit=0.5 if kind == "cpu" else 0.25 * os.cpu_count())
+    if kind == "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    deadline = time.monotonic() + 60 * args.minutes
+    names = ["jaxlm", *(name for name in args.arms if name != "jaxlm")]
+    result = {"device": device, "sizes": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in args.sizes:
+            if time.monotonic() > deadline:
+                result["sizes"][size] = {"arms": {}, "notes": ["left out, --minutes was up"]}
+                continue
+            # Arms of the largest size are never tried together: finding out would take minutes.
+            try:
+                r = measure(size, kind, names, args, folder, deadline, together=size != "8B")
+            except ArmFailed as error:
+                say(f"{size}: {error}; again, one arm after the other")
+                r = measure(size, kind, names, args, folder, deadline, together=False)
+                r["notes"].append("memory does not hold all arms at once: timed one after the other")
+            result["sizes"][size] = r
+    result["matmul_tflops"] = matmul_ceilings(result["sizes"])
+    text = table(result)
+    file = save(f"compare-{device}-{'-'.join(result['sizes'])}", result, args.out)
+    draw({**result, "sizes": {s: r for s, r in result["sizes"].items() if r["arms"]}}, file.with_suffix(".png"))
+    print(text)
+    ceilings = result["matmul_tflops"]
+    print(f"matmul ceiling, TFLOP/s: jax {ceilings['jax']:.3g}, torch {ceilings['torch']:.3g}")
+    if not ceilings["agree_within_2_percent"]:
+        print("the frameworks' matmul ceilings differ by more than 2 %: look into it before quoting these figures")
+
+
+if __name__ == "__main__":
+    main()
