@@ -222,6 +222,48 @@ def run_generate(args):
     show("\n")
 
 
+def add_bench(verb):
+    verb.add_argument("--config", metavar="FILE[:ARG]", help="what to measure, such as configs/gpt2_124m.py")
+    verb.add_argument("--warmup", type=int, default=0, metavar="N", help="steps before timing (15; on a CPU 3)")
+    verb.add_argument("--blocks", type=int, default=0, metavar="N", help="blocks timed (7; on a CPU 5)")
+    verb.add_argument("--block_steps", type=int, default=0, metavar="N", help="steps in a block (20; on a CPU 5)")
+    verb.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    verb.add_argument("--profile", default="", metavar="DIR", help="after the timing, write an XProf trace of three steps there")
+    verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results of --json side by side; measures nothing")
+
+
+def run_bench(args):
+    """How fast a config trains here: tokens/s, MFU, matmul ceiling, memory, compile time.
+
+    Feeds random tokens where the config sets model.vocab_size, else the run's own data. Any key can be set, as for train.
+    """
+    from jaxlm.observe import scores
+
+    if args.compare:
+        print(scores.comparison(*args.compare))
+        return
+    if not args.config:
+        raise UserError("bench: nothing to do; give --config=FILE to measure, or --compare A.json B.json")
+    if problems := [f"--{name}={value}: must be at least 1, or left out" for name in ("warmup", "blocks", "block_steps")
+                    if (value := getattr(args, name)) < 0]:
+        raise UserError(*problems)
+    from jaxlm.config import load
+
+    config = load(args.config, args.overrides)
+    start_jax(config)
+    from jaxlm.train.bench import bench
+
+    result = bench(config, args.warmup, args.blocks, args.block_steps, args.overrides, args.profile)
+    if not distributed.is_main():
+        return
+    if args.json:
+        print(json.dumps({key: result[key] for key in scores.KEYS}))
+        return
+    print(scores.table(result))
+    if args.profile:
+        print(scores.operations(args.profile))
+
+
 def run_report(args):
     """Write report.html of a run again from its metrics."""
     from jaxlm.observe.report import write_report
@@ -296,6 +338,7 @@ VERBS = {
     "eval": (run_eval, add_eval),
     "generate": (run_generate, add_generate),
     "plan": (run_plan, add_plan),
+    "bench": (run_bench, add_bench),
     "report": (run_report, add_workdir),
     "doctor": (run_doctor, lambda verb: None),
 }

@@ -18,14 +18,16 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None
 
 
-def flops_per_token(config, matmul_parameters: int, seq_len: int, windows: list[int]) -> tuple[float, float]:
+def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
     """-> (causal, PaLM convention) training FLOPs per token: 6 P + 6 (or 12) N H sum over layers of min(T, window).
 
     matmul_parameters: P, those in matrix products, the head included, the embedding look-up not. Rematerialisation
     never counts. PaLM convention: arXiv:2204.02311, appendix B.
     """
-    reach = sum(min(seq_len, window) if window else seq_len for window in windows)
-    attention = 6 * config.model.num_heads * config.model.head_dim * reach
+    m, T = config.model, config.seq_len
+    reach_of = {"L": min(T, m.window), "G": T}
+    reach = sum(reach_of[m.window_pattern[i % len(m.window_pattern)]] for i in range(m.num_layers))
+    attention = 6 * m.num_heads * m.head_dim * reach
     return 6 * matmul_parameters + attention, 6 * matmul_parameters + 2 * attention
 
 

@@ -9,33 +9,26 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import Tracked, fingerprint, steps_of
-from jaxlm.data.feed import Feed, put_everywhere
-from jaxlm.data.loader import build_data
+from jaxlm.data.feed import Feed
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
-from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
-from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
 from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
-from jaxlm.optimizers.build import build_optimizer
-from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
-from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
+from jaxlm.parallel.rules import under_mesh
 from jaxlm.parallel.table import sharding_table
+from jaxlm.train.build import build_program
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
-from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
-from jaxlm.train.step import build_eval_step, build_train_step
+from jaxlm.train.state import flatten_paths
+from jaxlm.train.step import build_eval_step
 from jaxlm.train.stop import StopSignal
 
 
@@ -52,15 +45,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     from configs import default
 
     # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
-    data = build_data(config)
-    backend, why = choose_backend(config, jax.default_backend())
-    model = build_model(config, data.vocab_size, backend)
-    mesh = build_mesh(config, model.num_parameters)
-    if mesh.shape["context"] > 1:
-        backend, why = config.kernels.context, "mesh.context cuts the sequence up"
-    objective = build_objective(config)
-    optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
-    train_step = under_mesh(mesh, build_train_step(config, model, objective, optimizer, schedule))
+    program = build_program(config)
+    data, model, mesh, feed = program.data, program.model, program.mesh, program.feed
     steps, log_every = config.steps, config.observe.log_every
     duration = lambda value, key: steps_of(value, full_config, key)
     eval_every = duration(config.eval.every_steps, "eval.every_steps")
@@ -71,7 +57,6 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
-    peak_rate, decay, seed = config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed
     # Read elsewhere: by the validation, by the command line, by the writers.
     _ = config.imports, config.observe.compile_cache, config.observe.tensorboard, config.observe.wandb
     _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
@@ -84,45 +69,30 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     writers = build_writers(config, workdir)
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
-    init = build_init(config, model, optimizer)
-    abstract = jax.eval_shape(init, 0)
-    shardings = state_shardings(mesh, model, abstract, config.mesh.zero_stage)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
     latest = checkpoints.latest()
     if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
-    checkpoints.require_room(abstract)
+    checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
     if latest is not None:
-        _, state, _ = checkpoints.restore(abstract)
+        _, state, _ = checkpoints.restore(program.state)
     else:
-        state = jax.jit(init, out_shardings=shardings)(seed)
+        state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
             source = Checkpoints(os.path.join(pretrained, "checkpoints"), keep, 0, False, create=False)
-            state["params"] = source.restore_params(abstract["params"])
+            state["params"] = source.restore_params(program.state["params"])
     start = int(state["step"])
     writers.truncate_after(start)
     alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
-    rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    hyper = put_everywhere({"learning_rate": np.float32(peak_rate), "weight_decay": np.float32(decay),
-                            "seed": np.int32(seed)}, everywhere)
-    shape = (config.batch_size, config.seq_len)
-    feed, eval_feed = Feed(rows, shape), Feed(rows, (config.eval.batch_size, config.seq_len))
-    abstract_batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_mask" else jnp.int32, sharding=rows)
-                      for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
-    compile_began = time.time()
-    step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)).lower(
-        abstract, abstract_batch, hyper).compile()
-    compile_seconds = time.time() - compile_began
-    eval_step = jax.jit(under_mesh(mesh, build_eval_step(model, objective)))
+    step_fn, compile_seconds = program.compile()
+    eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
+    eval_step = jax.jit(under_mesh(mesh, build_eval_step(model, program.objective)))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
-    windows = tuple(config.model.window if letter == "L" else 0 for letter in config.model.window_pattern)
-    windows = [windows[i % len(windows)] for i in range(config.model.num_layers)]
-    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters, config.seq_len, windows)
+    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters)
     peak = peak_flops(jax.devices()[0].device_kind)
     peak = peak * mesh.size if peak else None
     names = list(flatten_paths(model.specs))
@@ -135,7 +105,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
         + (f" (auto: {choose_axes(config, model.num_parameters, jax.devices())[1]})" if config.mesh.auto else ""),
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
-        f"attention: {backend} ({why}); step compiled in {compile_seconds:.1f} s; "
+        f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
         *describe_experts(config, jax.default_backend()),
     ]
@@ -190,7 +160,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
             "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
             "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
-            "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": backend,
+            "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": program.backend,
             "jax_version": jax.__version__, "commit": json.loads(pathlib.Path(workdir, "config.json").read_text())["commit"],
         }
         write_json(os.path.join(workdir, "summary.json"), summary)
@@ -248,7 +218,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
-                state, metrics = step_fn(state, batch, hyper)
+                state, metrics = step_fn(state, batch, program.hyper)
                 if pending:
                     read_back(pending)
                 pending = (step, metrics)

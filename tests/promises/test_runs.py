@@ -147,7 +147,11 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     assert first.returncode == 0 and first.stdout == second.stdout and len(first.stdout) == 45, first.stderr
     assert jaxlm("report", f"--workdir={finished}").returncode == 0
     assert "self-test passed" in jaxlm("doctor").stdout
-    for verb in ("train", "eval", "generate", "report", "doctor"):
+    result = jaxlm("bench", "--config=configs/llama3_8b.py:debug", "--json", "--warmup=1", "--blocks=2", "--block_steps=2")
+    assert result.returncode == 0 and set(json.loads(result.stdout)) == {  # one object, and nothing beside it
+        "tokens_per_second", "step_seconds", "mfu", "mfu_palm", "matmul_ceiling_tflops", "peak_memory_bytes", "compile_seconds",
+        "device", "config_fingerprint", "commit"}, result.stderr
+    for verb in ("train", "eval", "generate", "plan", "bench", "report", "doctor"):
         text = jaxlm(verb, "--help").stdout
         assert 3 < text.count("\n") <= 40, verb
 
