@@ -14,7 +14,7 @@ from jaxlm.registry import Registry
 
 BACKENDS = Registry("attention backend", key="kernels.attention")
 LONG = 2048  # above this length `blockwise` goes by tiles
-TILE = 512  # queries and keys of a tile
+TILE = 256  # queries and keys of a tile: on 2 cores 0.7 of the time of 512, 0.4 of that of 1024
 
 
 class Request(NamedTuple):
