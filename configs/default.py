@@ -141,6 +141,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.kernels = ConfigDict()
     c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
+    c.kernels.embedding_gradient = "auto"  # of the token and n-gram tables: auto, scatter, onehot, sort
     c.kernels.loss = "auto"  # auto, plain, chunked
     c.kernels.grouped_matmul = "auto"  # of feedforward=moe: auto, plain, ragged_dot, blocked, gmm
     c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.kernels.attention import BACKENDS, Request, attend
+from configs import default
+from jaxlm.kernels import attention
+from jaxlm.kernels.attention import BACKENDS, Request, attend, choose_backend
 from jaxlm.kernels.matmul import dense
 
 
@@ -27,8 +29,10 @@ def exact(q, k, v, window, softcap, segment_ids):
 @pytest.mark.parametrize("masks", [
     dict(), dict(window=5), dict(window=70, softcap=3.0), dict(segments=True), dict(window=70, segments=True),
 ])
-@pytest.mark.parametrize("T, N, K", [(40, 2, 2), (150, 4, 2), (130, 2, 1)])
-def test_backends_equal_float64(masks, T, N, K):
+@pytest.mark.parametrize("T, N, K, tile", [(40, 2, 2, 0), (150, 4, 2, 0), (130, 2, 1, 0), (75, 4, 2, 16), (64, 2, 1, 32)])
+def test_backends_equal_float64(masks, T, N, K, tile, monkeypatch):
+    if tile:
+        long_from(monkeypatch, tile)
     rng = np.random.default_rng(T + N)
     q, k, v = (rng.standard_normal((2, T, heads, 8)) for heads in (N, K, K))
     segment_ids = np.sort(rng.integers(0, 3, (2, T)), axis=1) if masks.get("segments") else None
@@ -55,6 +59,54 @@ def test_backends_equal_float64(masks, T, N, K):
              for sign in (1, -1)]
     along = np.vdot((steps[0] - steps[1]) / 2e-5, weights)
     np.testing.assert_allclose(sum(np.vdot(g, d) for g, d in zip(gradients["plain"], nudge, strict=True)), along, rtol=1e-3)
+
+
+def long_from(monkeypatch, tile):
+    """`blockwise` goes by tiles of this size however short the sequence."""
+    monkeypatch.setattr(attention, "LONG", 0)
+    monkeypatch.setattr(attention, "TILE", tile)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("T, first, S", [(1, 30, 40), (21, 12, 40), (5, 0, 16)])
+def test_decoding_by_tiles_equals_plain(T, first, S, window, monkeypatch):
+    """Fewer queries than keys, from a place known only when it runs."""
+    long_from(monkeypatch, 8)
+    rng = np.random.default_rng(S)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, T, 4, 8), (2, S, 2, 8), (2, S, 2, 8)))
+
+    def loss(q, k, v, first, backend):
+        out = attend(q, k, v, backend=backend, window=window, first_query=first)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+    run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run(q, k, v, first, "blockwise"),
+                 run(q, k, v, first, "plain"))
+
+
+def temporary_bytes(T, backend, window=0):
+    x = jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32)
+    loss = lambda q, k, v: jnp.sum(attend(q, k, v, backend=backend, window=window))
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_blockwise_is_linear_in_length():
+    short, *rest = (temporary_bytes(T, "blockwise") for T in (4096, 8192, 16384))
+    assert all(bytes_ < factor * short for bytes_, factor in zip(rest, (2.1, 4.2), strict=True)), (short, rest)
+    assert temporary_bytes(16384, "blockwise", window=1024) < 4.2 * short
+    assert rest[1] < temporary_bytes(4096, "plain") / 2  # at 4 times the length
+
+
+def test_auto_takes_blockwise_off_cpu_only_for_long_sequences():
+    c = default.get_config()
+    c.model.head_dim = 64
+    for seq_len, platform, name in ((1024, "cpu", "blockwise"), (1024, "gpu", "plain"), (8192, "gpu", "blockwise"),
+                                    (1024, "tpu", "plain"), (8192, "tpu", "blockwise")):
+        c.seq_len = seq_len
+        found, why = choose_backend(c, platform)
+        assert found == name and "cudnn: needs" in why
+    c.model.compute_dtype = "bfloat16"
+    assert choose_backend(c, "gpu")[0] == "cudnn"
 
 
 @pytest.mark.parametrize("shape, num_inputs", [((6, 4), 1), ((6, 2, 4), 1), ((2, 3, 4), 2)])

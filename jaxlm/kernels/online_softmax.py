@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK = 1024  # queries at a time
 
@@ -158,3 +159,63 @@ def _backward(rule, saved, d_out):
 
 
 attend_online.defvjp(_forward, _backward)
+
+
+# ---- Tile by tile ---------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """Which tiles to go over, one after the other."""
+
+    rows: int  # of queries
+    columns: int  # of keys
+    pairs: tuple  # (block of rows, block of columns), ...
+
+
+def block(tree, index, size: int):
+    """Block `index` of arrays over tokens, (B, T, ...) or positions (T,)."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * size, size, min(1, a.ndim - 1)), tree)
+
+
+def put_block(tree, blocks, index, size: int):
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, index * size, 1), tree, blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def attend_tiles(queries: Queries, keys: Keys, rule: Rule, tiles: Tiles):
+    """`attend_online` over these tiles only, where a mask leaves no others. No more than one is ever in memory."""
+    return _tiles_forward(queries, keys, rule, tiles)[0]
+
+
+def _tiles_forward(queries, keys, rule, tiles):
+    def visit(running, pair):
+        i, j = pair
+        seen = add(block(running, i, tiles.rows), block(queries, i, tiles.rows), block(keys, j, tiles.columns), rule)
+        return put_block(running, seen, i, tiles.rows), None
+
+    out, lse = finish(jax.lax.scan(visit, begin(queries.q_BTNH), np.array(tiles.pairs, np.int32))[0])
+    out = out.astype(keys.v_BSKH.dtype)
+    return out, (queries, keys, out, lse)
+
+
+def _tiles_backward(rule, tiles, saved, d_out):
+    queries, keys, out, lse = saved
+    sides = (lse, jnp.sum(d_out.astype(jnp.float32) * out, -1), d_out)
+    arrays = (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH)
+
+    def visit(grads, pair):
+        i, j = pair
+        lse, delta, d_out = block(sides, i, tiles.rows)
+        new = tile_gradients(block(queries, i, tiles.rows), block(keys, j, tiles.columns), rule, lse, delta,
+                             d_out.astype(jnp.float32))
+        places = ((i, tiles.rows), (j, tiles.columns), (j, tiles.columns))
+        return tuple(put_block(total, block(total, *place) + g, *place)
+                     for total, g, place in zip(grads, new, places, strict=True)), None
+
+    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in arrays)
+    grads = jax.lax.scan(visit, zeros, np.array(tiles.pairs, np.int32))[0]
+    dq, dk, dv = (g.astype(a.dtype) for g, a in zip(grads, arrays, strict=True))
+    return Queries(dq, None, None), Keys(dk, dv, None, None)
+
+
+attend_tiles.defvjp(_tiles_forward, _tiles_backward)

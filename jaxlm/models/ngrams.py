@@ -1,8 +1,10 @@
 """N-gram embeddings: a learned vector for the last n tokens, added to the token's own embedding."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.models.parameter import constant, parameter
 
 HASH = 0x9E3779B1  # an odd number near 2^32 / golden ratio: multiplicative hashing (Knuth, TAOCP 6.4)
@@ -15,6 +17,8 @@ class NgramEmbedding(nnx.Module):
     def __init__(self, config, vocab_size: int, rngs: nnx.Rngs):
         m = config.model
         self.vocab_size, self.buckets, self.orders = vocab_size, m.ngram_buckets, range(2, m.ngram_max + 1)
+        self.gradient, _ = choose_embedding_gradient(config, jax.default_backend())
+        self.compute_dtype = jnp.dtype(m.compute_dtype)
         self.embedding = parameter(rngs, (len(self.orders), self.buckets, m.embed_dim), (None, "vocab", "embed"),
                                    constant(0.0), m.param_dtype)
 
@@ -35,4 +39,5 @@ class NgramEmbedding(nnx.Module):
                 mixed = hash_BT if (self.vocab_size + 1) ** (back + 1) <= self.buckets else (hash_BT * jnp.uint32(HASH)) >> 7
                 table_ids.append((mixed % self.buckets).astype(jnp.int32))
         tables = self.embedding[...]
-        return sum(tables[i][ids_BT] for i, ids_BT in enumerate(table_ids))
+        return sum(look_up(tables[i], ids_BT, backend=self.gradient, cotangent_dtype=self.compute_dtype)
+                   for i, ids_BT in enumerate(table_ids))

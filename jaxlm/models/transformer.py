@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.block import Block, Context, drop, fold_in, residual
 from jaxlm.models.ngrams import NgramEmbedding
@@ -26,6 +27,7 @@ class Transformer(nnx.Module):
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
         m = config.model
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
+        self.embedding_gradient, _ = choose_embedding_gradient(config, jax.default_backend())
         self.isolate = config.data.isolate_documents
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
         self.context_method = config.kernels.context
@@ -59,7 +61,8 @@ class Transformer(nnx.Module):
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
         # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
         # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
-        x_BTD = constrain(self.embedding[...], "vocab", None)[tokens_BT]
+        x_BTD = look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
+                        cotangent_dtype=self.compute_dtype)
         history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
         if cache is not None:
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))

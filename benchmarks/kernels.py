@@ -1,0 +1,157 @@
+"""Kernels by themselves, on whatever machine this is: which backend is right, and how fast each is.
+
+    python benchmarks/kernels.py
+
+Matmul: the measured ceiling, TFLOP/s of a product of random normal matrices (all zeros would draw less power, and run faster).
+Embedding gradient: each backend, ids of a Zipf distribution as of natural text, error against float64 sums.
+Attention: each backend that serves, seconds of forward and backward, error against `plain` in float32, temporary memory.
+Every time is the median over blocks of calls that wait only at the end of the block. Small sizes on a CPU.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from record import check_idle, save
+
+from configs import default
+from jaxlm.cli import start_jax
+from jaxlm.kernels import attention, embedding
+
+BLOCKS = 5
+
+
+def seconds_of(function, *args) -> float:
+    """Median seconds of a call, compiled before; as many calls a block as take about 0.2 s, and at least one."""
+    compiled = jax.jit(function).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    began = time.perf_counter()
+    jax.block_until_ready(compiled(*args))
+    calls = max(1, round(0.2 / (time.perf_counter() - began)))
+
+    def lap():
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = compiled(*args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - began) / calls
+
+    return statistics.median(lap() for _ in range(BLOCKS))
+
+
+def normal(seed: int, shape: tuple, dtype: str):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def matmul(on_cpu: bool) -> dict:
+    size, dtype = (2048, "float32") if on_cpu else (8192, "bfloat16")
+    seconds = seconds_of(jnp.matmul, normal(0, (size, size), dtype), normal(1, (size, size), dtype))
+    return {"size": size, "dtype": dtype, "seconds": seconds, "tflops": 2 * size**3 / seconds / 1e12}
+
+
+def zipf_ids(tokens: int, vocab: int) -> np.ndarray:
+    """Rank r has probability 1/r, up to a factor; ids are shuffled ranks, as frequent tokens are not neighbours in a table."""
+    rng = np.random.default_rng(0)
+    odds = 1 / np.arange(1, vocab + 1)
+    return rng.permutation(vocab)[rng.choice(vocab, tokens, p=odds / odds.sum())].astype(np.int32)
+
+
+def embedding_gradients(on_cpu: bool) -> dict:
+    tokens, V, D = (4096, 4096, 256) if on_cpu else (65536, 50304, 768)  # GPT-2's: 64 rows of 1,024 tokens
+    ids, table, rows = zipf_ids(tokens, V), normal(0, (V, D), "float32"), []
+    for dtype in ("float32", "bfloat16"):
+        d = normal(1, (tokens, D), dtype)
+        d64, order = np.asarray(d, np.float64), np.argsort(ids, kind="stable")
+        present, first = np.unique(ids[order], return_index=True)
+        exact, size = (np.add.reduceat(a[order], first) for a in (d64, np.abs(d64)))
+        for backend in embedding.BACKENDS:
+
+            def gradient(table, ids, d, backend=backend, dtype=dtype):
+                look_up = functools.partial(embedding.look_up, ids=ids, backend=backend, cotangent_dtype=dtype)
+                return jax.vjp(lambda table: look_up(table).astype(dtype), table)[1](d)[0]
+
+            row = {"dtype": dtype, "backend": backend}
+            try:
+                found = np.asarray(jax.jit(gradient)(table, ids, d), np.float64)[present]
+                row |= {"max_relative_error": float((np.abs(found - exact) / size).max()),
+                        "seconds": seconds_of(gradient, table, ids, d)}
+            except Exception as error:  # a backend that fails here is a result too
+                row["skipped"] = reason_of(error)
+            print(row, flush=True)
+            rows.append(row)
+    return {"tokens": tokens, "vocab": V, "embed_dim": D, "most_frequent": int(np.bincount(ids).max()), "rows": rows}
+
+
+def attentions(platform: str, lengths: list[int]) -> dict:
+    on_cpu = platform == "cpu"
+    tokens, N, K, H = (2048, 4, 4, 64) if on_cpu else (65536, 6, 6, 128)
+    c, rows = default.get_config(), []
+    c.model.head_dim, c.model.compute_dtype = H, "float32" if on_cpu else "bfloat16"
+    request = attention.request_of(c, platform)
+
+    def loss(q, k, v, weights, backend, dtype):
+        out = attention.attend(*(a.astype(dtype) for a in (q, k, v)), backend=backend)
+        return jnp.vdot(out.astype(jnp.float32), weights)
+
+    def forward_and_backward(backend, dtype=c.model.compute_dtype):
+        return functools.partial(jax.value_and_grad(loss, (0, 1, 2)), backend=backend, dtype=dtype)
+
+    for T in lengths:
+        B = max(1, tokens // T)
+        inputs = [normal(i, (B, T, heads, H), c.model.compute_dtype) for i, heads in enumerate((N, K, K, N))]
+        inputs[3] = inputs[3].astype(jnp.float32)
+        wanted = None
+        if T == lengths[0]:  # parity where the reference is cheap
+            with jax.default_matmul_precision("highest"):
+                wanted = jax.jit(forward_and_backward("plain", "float32"))(*inputs)[1]
+        for backend in attention.BACKENDS:
+            row = {"T": T, "batch": B, "backend": backend}
+            reason = attention.BACKENDS[backend].supports(request)
+            if not reason and backend == "plain" and 4 * B * N * T * T > 16 * 2**30:
+                reason = "its scores would take more than 16 GiB"
+            if not reason and on_cpu and backend == "plain" and T > 4096:
+                reason = "would take too long on a CPU"
+            try:
+                if reason:
+                    row["skipped"] = reason
+                else:
+                    function = forward_and_backward(backend)
+                    if wanted is not None:
+                        found = jax.jit(function)(*inputs)[1]
+                        row["max_gradient_error"] = max(float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max())
+                                                        for a, b in zip(found, wanted, strict=True))
+                    row["temporary_mib"] = jax.jit(function).lower(*inputs).compile().memory_analysis().temp_size_in_bytes / 2**20
+                    row["seconds"] = seconds_of(function, *inputs)
+            except Exception as error:
+                row["skipped"] = reason_of(error)
+            print(row, flush=True)
+            rows.append(row)
+    return {"heads": N, "kv_heads": K, "head_dim": H, "dtype": c.model.compute_dtype, "rows": rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="T of the attention rows")
+    parser.add_argument("--force", action="store_true", help="measure on a loaded machine all the same")
+    args = parser.parse_args()
+    check_idle()
+    c = default.get_config()
+    c.observe.compile_cache = False
+    start_jax(c)
+    device = jax.devices()[0]
+    result = {"device": device.device_kind, "matmul": matmul(device.platform == "cpu")}
+    print(result, flush=True)
+    save("kernels", result | {"embedding_gradient": embedding_gradients(device.platform == "cpu"),
+                              "attention": attentions(device.platform, args.lengths)})
+
+
+if __name__ == "__main__":
+    main()
