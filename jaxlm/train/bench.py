@@ -1,4 +1,4 @@
-"""`bench`: how fast a config trains here. The program is the run's own (`jaxlm.train.build`), fed as the loop feeds it.
+"""`bench`: how fast a config trains here. The program is the run's own (`build_program`), fed as the loop feeds it.
 
 Protocol: warm-up, then blocks of steps with the device waited for only at the end of each; no profiler and no other work in
 between. Figures are of the block, so a reader sees the spread.
@@ -20,7 +20,7 @@ from jaxlm.config import Tracked, fingerprint, flatten
 from jaxlm.errors import Diverged, UserError
 from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_bytes
 from jaxlm.parallel.distributed import is_main
-from jaxlm.train.build import build_program
+from jaxlm.train.loop import build_program
 from jaxlm.train.rundir import git_commit
 
 ELSEWHERE = ("data.", "checkpoint.", "eval.", "observe.")  # keys of what a benchmark leaves out: they may stand unread
