@@ -48,6 +48,8 @@ def config_of(size: str, batch_size: int = 0):
         c.batch_size = 1
         # 4 bytes each for parameter, gradient and moments would be 128 GB, before any activation.
         c.model.param_dtype = c.optimizer.moment_dtype = "bfloat16"
+    if size not in CPU_SIZES:
+        c.optimizer.learning_rate = 1e-4  # no warm-up here: the presets' rates would drive equal runs apart in bfloat16
     c.batch_size, c.grad_accum_steps = batch_size or c.batch_size, 1
     c.data.isolate_documents = False
     c.schedule.name, c.schedule.warmup_steps = "constant", 0
@@ -105,8 +107,8 @@ class JaxlmArm:
         self.compile = lambda: jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0], self.hyper).compile()
         flops = flops_per_token(config, model.num_matmul_parameters, config.seq_len, [0] * config.model.num_layers)
         kind = jax.devices()[0].device_kind
-        self.facts = {"parameters": model.num_parameters, "attention": f"{backend}: {why}", "platform": platform,
-                      "device": kind, "peak_flops": peak_flops(kind), "flops_per_token": flops[0], "flops_per_token_palm": flops[1]}
+        self.facts = {"parameters": model.num_parameters, "attention": f"{backend}: {why}", "platform": platform, "device": kind,
+                      "peak_flops": peak_flops(kind), "flops_per_token": flops[0], "flops_per_token_palm": flops[1]}
 
     def train(self, steps):
         import jax

@@ -112,3 +112,27 @@ def test_a_config_that_the_models_do_not_have_is_refused():
     config.model.qk_norm = True
     with pytest.raises(ValueError, match="qk_norm"):
         gpt_of(config, 40)
+
+
+@pytest.mark.parametrize("size", ["124M", "1.2B", "8B", "8x256"])
+def test_sizes_have_as_many_parameters_as_jaxlm(size):
+    from arms import config_of
+    from torch_gpt import gpt_of
+
+    from jaxlm.train.state import build_model
+
+    config = config_of(size)
+    with torch.device("meta"):
+        model = gpt_of(config, config.model.vocab_size)
+    assert sum(p.numel() for p in model.parameters()) == build_model(config, config.model.vocab_size, "plain").num_parameters
+
+
+@pytest.mark.parametrize("change, passed", [(0.0, True), (0.02, False), (float("nan"), False)])
+@pytest.mark.parametrize("what, index", [("losses", 50), ("grad_norms", 0)])
+def test_the_parity_gate_stops_an_arm_that_differs(what, index, change, passed):
+    from compare import parity
+
+    reference = {"losses": [3.0] * 51, "grad_norms": [0.2] * 51}
+    mine = {name: list(values) for name, values in reference.items()}
+    mine[what][index] += change
+    assert parity(reference, mine, "gpu")["passed"] == passed
