@@ -38,7 +38,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     Returns seconds, tokens per second over all devices at the median block; mfu, mfu_palm (None on an unknown device); of the
     first device matmul_ceiling_tflops and peak memory; compile_seconds cold, and warm where observe.compile_cache is on.
 
-    Raises UserError; Diverged if the loss is not finite: the speed of such steps is no speed.
+    Raises UserError; Diverged if the last step's loss or gradient is not finite: the speed of such steps is no speed.
     """
     on_cpu = jax.default_backend() == "cpu"
     usual = (3, 5, 5) if on_cpu else (15, 7, 20)
@@ -76,9 +76,9 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
             metrics = run(block_steps)
             seconds.append((time.perf_counter() - began) / block_steps)
         peak_memory = peak_memory_bytes()
-        loss = float(jax.device_get(metrics["loss"]))
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {warmup + blocks * block_steps} of the benchmark; lower "
+        last = {name: jax.device_get(metrics[name]).item() for name in ("loss", "finite")}
+        if not last["finite"]:
+            raise Diverged(f"non-finite loss or gradient at step {warmup + blocks * block_steps} of the benchmark; lower "
                            "optimizer.learning_rate")
         if profile:
             with jax.transfer_guard("allow"), jax.profiler.trace(profile) if is_main() else contextlib.nullcontext():
@@ -101,7 +101,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
         "device": f"{devices} x {kind}" + "".join(f", {a}={n}" for a, n in program.mesh.shape.items() if n > 1),
         "config_fingerprint": name, "commit": git_commit(),
         # For the table alone.
-        "compile_seconds_warm": warm, "share_of_ceiling": speed * causal / (devices * ceiling), "loss": loss,
+        "compile_seconds_warm": warm, "share_of_ceiling": speed * causal / (devices * ceiling), "loss": last["loss"],
         "parameters": parameters, "tokens": tokens, "data": config.data.source, "attention": program.backend,
         "warmup": warmup, "blocks": blocks, "block_steps": block_steps,
     }
