@@ -32,10 +32,10 @@ def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
 
 
 def peak_memory_bytes() -> int:
-    """Of the first device where it counts them, else of this process."""
+    """Of the first device of this process where it counts them, else of the process itself."""
     import jax
 
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
