@@ -153,7 +153,7 @@ def measure(size, kind, names, args, folder, deadline, together):
                 continue
             say(f"{size} {name}: building, first steps")
             # A slow start must not take from the others the time of 3 blocks each.
-            reserved = 3 * steps * sum(arms[other]["step_seconds"] for other in workers)
+            reserved = min(3, args.blocks) * steps * sum(arms[other]["step_seconds"] for other in workers)
             worker = Worker(name, size, args.batch_size, folder, deadline - reserved)
             try:
                 arms[name] = gate(worker, kind, arms.get("jaxlm"))
