@@ -121,7 +121,9 @@ def time_blocks(workers, arms, steps, blocks, deadline, notes):
     """Rounds over the workers; the block of an arm that fails is lost, and the arm with it."""
     times, round_seconds = {name: [] for name in workers}, 0.0
     for done in range(blocks):
-        if not workers or time.monotonic() + round_seconds > deadline:
+        if not workers:
+            break
+        if time.monotonic() + round_seconds > deadline:
             notes.append(f"{', '.join(workers)}: {done} of {blocks} blocks, --minutes was up")
             break
         began = time.monotonic()
