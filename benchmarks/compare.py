@@ -121,7 +121,9 @@ def time_blocks(workers, arms, steps, blocks, deadline, notes):
     """Rounds over the workers; the block of an arm that fails is lost, and the arm with it."""
     times, round_seconds = {name: [] for name in workers}, 0.0
     for done in range(blocks):
-        if not workers or time.monotonic() + round_seconds > deadline:
+        if not workers:
+            break
+        if time.monotonic() + round_seconds > deadline:
             notes.append(f"{', '.join(workers)}: {done} of {blocks} blocks, --minutes was up")
             break
         began = time.monotonic()
@@ -153,7 +155,7 @@ def measure(size, kind, names, args, folder, deadline, together):
                 continue
             say(f"{size} {name}: building, first steps")
             # A slow start must not take from the others the time of 3 blocks each.
-            reserved = 3 * steps * sum(arms[other]["step_seconds"] for other in workers)
+            reserved = min(3, args.blocks) * steps * sum(arms[other]["step_seconds"] for other in workers)
             worker = Worker(name, size, args.batch_size, folder, deadline - reserved)
             try:
                 arms[name] = gate(worker, kind, arms.get("jaxlm"))
