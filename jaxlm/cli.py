@@ -78,7 +78,7 @@ def start_jax(config=None) -> None:
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
-        os.environ.setdefault("PJRT_NPROC", "64")
+        os.environ.setdefault("PJRT_NPROC", "256")
     import jax
 
     # On a CPU a step that is sent ahead of its predecessor's end only takes a second work space beside the first.

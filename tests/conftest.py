@@ -6,8 +6,10 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective holds a thread of each device until all have come; with fewer threads than those at once, it may never end.
-os.environ["PJRT_NPROC"] = "32"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["PJRT_NPROC"] = "256"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300")  # 40 s are too few for 8 devices on a busy core
 CACHE = os.environ.setdefault("JAXLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"jaxlm-tests-{os.getuid()}"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE, "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
