@@ -161,14 +161,15 @@ def run_eval(args):
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
-    from jaxlm.parallel.rules import batch_sharding, under_mesh
+    from jaxlm.parallel.compile import jit
+    from jaxlm.parallel.rules import batch_sharding
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
         raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
-    eval_step = jax.jit(under_mesh(run.mesh, build_eval_step(run.model, build_objective(run.config))))
+    eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
     batches = run.data.valid.evaluation_batches(rows=feed.rows)
     result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}

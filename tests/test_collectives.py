@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -67,6 +68,13 @@ def test_nothing_whole_is_gathered(mesh):
     rows = f"[{c.batch_size},{c.seq_len}"
     assert not [x for x in collectives if x.kind == "all-gather" and (f"s32{rows}" in x.shape or f"{rows}," in x.shape)]
     assert {a for x in collectives for a in x.axes} <= used
+
+
+@pytest.mark.parametrize("mesh", CONFIGS)
+def test_no_two_collectives_share_a_channel(mesh):
+    """On a CPU those that run at once would take each other's data (see jaxlm.parallel.compile)."""
+    channels = re.findall(r"channel_id=(\d+)", compiled(mesh)[4].as_text())
+    assert channels and len(set(channels)) == len(channels)
 
 
 def test_fsdp_memory_is_a_share_plus_one_layer():

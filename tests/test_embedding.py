@@ -10,8 +10,9 @@ from configs import default
 from jaxlm.errors import UserError
 from jaxlm.kernels import embedding
 from jaxlm.kernels.embedding import BACKENDS, choose_embedding_gradient, look_up
+from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import constrain, replicated, under_mesh
+from jaxlm.parallel.rules import constrain, replicated
 
 
 @pytest.mark.parametrize("entries", [40, 2**27])  # of a one-hot matrix: chunks of 2 tokens, or one
@@ -48,7 +49,7 @@ def test_gradient_on_a_mesh_equals_one_device(axes, V, backend):
         return jax.vjp(lambda t: look_up(constrain(t, "vocab", None), ids, backend=backend), table)[1](d)[0]
 
     inputs = np.zeros((V, 4), np.float32), ids, d
-    on_mesh = jax.jit(under_mesh(mesh, gradient))(*jax.device_put(inputs, replicated(mesh)))
+    on_mesh = jit(mesh, gradient)(*jax.device_put(inputs, replicated(mesh)))
     np.testing.assert_allclose(on_mesh, jax.jit(gradient)(*inputs), rtol=1e-6, atol=1e-6)
 
 

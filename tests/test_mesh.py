@@ -15,9 +15,10 @@ from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes
+from jaxlm.parallel.compile import jit
 from jaxlm.parallel.context import zigzag_order
 from jaxlm.parallel.mesh import AXES, build_mesh, hybrid_grid
-from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_of_axes, under_mesh
+from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_of_axes
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
@@ -58,10 +59,10 @@ def build(c):
     mesh = build_mesh(c)
     model = build_model(c, VOCAB, "plain")
     optimizer = build_optimizer(c, model.specs)
-    step = under_mesh(mesh, build_train_step(c, model, build_objective(c), optimizer, build_schedule(c)))
+    step = build_train_step(c, model, build_objective(c), optimizer, build_schedule(c))
     init = build_init(c, model, optimizer)
     shardings = state_shardings(mesh, model, jax.eval_shape(init, 0), c.mesh.zero_stage)
-    return mesh, model, init, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return mesh, model, init, shardings, jit(mesh, step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def run(c, steps=STEPS):
@@ -129,7 +130,7 @@ def test_context_parallel_attention_equals_plain(method, options):
         return weighted(q, k, v, zigzag_order(T) if method == "ring" else slice(None))
 
     expected = jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(q, k, v)
-    found = jax.jit(jax.value_and_grad(under_mesh(mesh, on_mesh), (0, 1, 2)))(*jax.device_put((q, k, v), replicated(mesh)))
+    found = jit(mesh, jax.value_and_grad(on_mesh, (0, 1, 2)))(*jax.device_put((q, k, v), replicated(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 

@@ -17,9 +17,10 @@ from jaxlm.models.moe import MixtureOfExperts, Stats, balance_biases, build_rout
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel.compile import jit
 from jaxlm.parallel.expert import SLACK, choose, dispatch, gather
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
-from jaxlm.parallel.rules import replicated, under_mesh
+from jaxlm.parallel.rules import replicated
 from jaxlm.train.state import build_init, build_model
 from jaxlm.train.step import build_train_step
 
@@ -247,7 +248,7 @@ def test_dispatch_over_devices_drops_nothing_however_skewed():
         out, pull = jax.vjp(lambda *a: dispatch(run, a[0], choices, *a[1:]), x, weights, kernels)
         return out, pull(d)
 
-    alone, over = jax.jit(both), jax.jit(under_mesh(mesh, both))
+    alone, over = jax.jit(both), jit(mesh, both)
     even = np.stack([rng.permutation(E)[:K] for _ in range(B * T)]).reshape(B, T, K)
     even[0, 3:9] = E
     skewed = even % 4

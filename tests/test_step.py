@@ -11,8 +11,9 @@ from jaxlm.kernels.cross_entropy import cross_entropy
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import OPTIMIZERS, build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, under_mesh
+from jaxlm.parallel.rules import batch_sharding
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
@@ -43,14 +44,13 @@ def run(c, steps=3, spoil=None, lr=1e-2):
     mesh = build_mesh(c)
     model = build_model(c, 48, "plain")
     optimizer = build_optimizer(c, model.specs)
-    step = under_mesh(mesh, build_train_step(c, model, build_objective(c), optimizer, build_schedule(c)))
+    step = jit(mesh, build_train_step(c, model, build_objective(c), optimizer, build_schedule(c)), donate_argnums=0)
     init = build_init(c, model, optimizer)
     shardings = state_shardings(mesh, model, jax.eval_shape(init, 0), c.mesh.zero_stage)
     state = jax.jit(init, out_shardings=shardings)(3)
     if spoil:
         state = spoil(state)
     hyper = {"learning_rate": np.float32(lr), "weight_decay": np.float32(0.1), "seed": np.int32(0)}
-    step = jax.jit(step, donate_argnums=0)
     losses, metrics = [], None
     for i in range(steps):
         state, metrics = step(state, jax.device_put(ragged_batch(c, i), batch_sharding(mesh)), hyper)

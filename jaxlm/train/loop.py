@@ -31,9 +31,10 @@ from jaxlm.observe.writers import build_writers
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes
+from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
+from jaxlm.parallel.rules import batch_sharding, replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import Model, build_init, build_model, flatten_paths, state_shardings
@@ -63,7 +64,7 @@ class Program(NamedTuple):
                                             sharding=self.feed.sharding)
                  for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
         began = time.time()
-        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+        step = jit(self.mesh, self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
         return step.lower(self.state, batch, self.hyper).compile(), time.time() - began
 
 
@@ -77,7 +78,7 @@ def build_program(config) -> Program:
         backend, why = config.kernels.context, "mesh.context cuts the sequence up"
     objective = build_objective(config)
     optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
-    train_step = under_mesh(mesh, build_train_step(config, model, objective, optimizer, schedule))
+    train_step = build_train_step(config, model, objective, optimizer, schedule)
     init = build_init(config, model, optimizer)
     state = jax.eval_shape(init, 0)
     shardings = state_shardings(mesh, model, state, config.mesh.zero_stage)
@@ -146,7 +147,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     step_fn, compile_seconds = program.compile()
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
-    eval_step = jax.jit(under_mesh(mesh, build_eval_step(model, program.objective)))
+    eval_step = jit(mesh, build_eval_step(model, program.objective))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters)
