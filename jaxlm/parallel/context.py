@@ -90,6 +90,12 @@ def pair(tree):
     return (jax.tree.map(lambda a, i=i: jnp.split(a, 2, axis=1)[i], tree) for i in (0, 1))
 
 
+def segments_of_all(segment_ids_BT):
+    """(c, B, T) or None: those of every device, gathered at once. Sent round the ring, they would make a loop of their own, which
+    XLA runs beside the one of keys and values; a CPU with fewer threads than collectives may then wait for ever."""
+    return None if segment_ids_BT is None else jax.lax.all_gather(segment_ids_BT, AXIS)
+
+
 def rotate(tree):
     count = mesh_size(AXIS)
     route = [(i, (i + 1) % count) for i in range(count)]
@@ -100,15 +106,15 @@ def select(where, a, b):
     return jax.tree.map(lambda x, y: jnp.where(where, x, y), a, b)
 
 
-def tiles_of(queries, keys, step, count, half_length):
+def tiles_of(q, keys, segments, step, count, half_length):
     """The low and high chunks of queries and keys at this step of the ring, with positions; and whether the keys come
     from a device before this one (then its low chunk is seen by both of ours), after (then our high chunk sees both of its)."""
     me = jax.lax.axis_index(AXIS)
     source = (me - step) % count
     mine, theirs = chunk_positions(me, half_length, count), chunk_positions(source, half_length, count)
-    (q, q_segments), (k, v, k_segments) = queries, keys
+    q_segments, k_segments = (None, None) if segments is None else (segments[me], segments[source])
     q_low, q_high = (Queries(a, at, s) for (a, s), at in zip(pair((q, q_segments)), mine, strict=True))
-    k_low, k_high = (Keys(a, b, at, s) for (a, b, s), at in zip(pair((k, v, k_segments)), theirs, strict=True))
+    k_low, k_high = (Keys(a, b, at, s) for (a, b, s), at in zip(pair((*keys, k_segments)), theirs, strict=True))
     return q_low, q_high, k_low, k_high, source < me
 
 
@@ -119,12 +125,12 @@ def ring(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, rule: Rule):
 
 
 def _ring_forward(q, k, v, segment_ids, rule):
-    count, half_length = mesh_size(AXIS), q.shape[1] // 2
+    count, half_length, segments = mesh_size(AXIS), q.shape[1] // 2, segments_of_all(segment_ids)
 
     def tiles(step, keys):
-        return tiles_of((q, segment_ids), keys, step, count, half_length)
+        return tiles_of(q, keys, segments, step, count, half_length)
 
-    q_low, q_high, k_low, k_high, _ = tiles(0, (k, v, segment_ids))  # own keys: two triangles and a square
+    q_low, q_high, k_low, k_high, _ = tiles(0, (k, v))  # own keys: two triangles and a square
     low = add(begin(q_low.q_BTNH), q_low, k_low, rule)
     high = add(add(begin(q_high.q_BTNH), q_high, k_low, rule), q_high, k_high, rule)
 
@@ -136,7 +142,7 @@ def _ring_forward(q, k, v, segment_ids, rule):
         busy = add(select(before, low, high), select(before, q_low, q_high), select(before, k_low, k_high), rule)
         return (select(before, busy, low), select(before, high, busy), keys), None
 
-    (low, high, _), _ = jax.lax.scan(visit, (low, high, (k, v, segment_ids)), jnp.arange(1, count))
+    (low, high, _), _ = jax.lax.scan(visit, (low, high, (k, v)), jnp.arange(1, count))
     (out_low, lse_low), (out_high, lse_high) = finish(low), finish(high)
     out = jnp.concatenate([out_low, out_high], axis=1).astype(v.dtype)
     return out, (q, k, v, segment_ids, out, jnp.concatenate([lse_low, lse_high], axis=1))
@@ -145,17 +151,17 @@ def _ring_forward(q, k, v, segment_ids, rule):
 def _ring_backward(rule, saved, d_out):
     """The same round; the gradients of keys and values travel with them, and come home with the last step."""
     q, k, v, segment_ids, out, lse = saved
-    count, half_length = mesh_size(AXIS), q.shape[1] // 2
+    count, half_length, segments = mesh_size(AXIS), q.shape[1] // 2, segments_of_all(segment_ids)
     d_out = d_out.astype(jnp.float32)
     low_side, high_side = pair((lse, jnp.sum(d_out * out, -1), d_out))
 
     def tiles(step, keys):
-        return tiles_of((q, segment_ids), keys, step, count, half_length)
+        return tiles_of(q, keys, segments, step, count, half_length)
 
     def gradients(queries, keys, side):
         return tile_gradients(queries, keys, rule, *side)
 
-    q_low, q_high, k_low, k_high, _ = tiles(0, (k, v, segment_ids))
+    q_low, q_high, k_low, k_high, _ = tiles(0, (k, v))
     dq_low, dk_low, dv_low = gradients(q_low, k_low, low_side)
     square, corner = gradients(q_high, k_low, high_side), gradients(q_high, k_high, high_side)
     dq_high = square[0] + corner[0]
@@ -173,7 +179,7 @@ def _ring_backward(rule, saved, d_out):
                   for total, seen, busy in ((dk, dk_seen, dk_busy), (dv, dv_seen, dv_busy)))
         return (dq_low, dq_high, (dk, dv), keys), None
 
-    start = (dq_low, dq_high, (dk, dv), (k, v, segment_ids))
+    start = (dq_low, dq_high, (dk, dv), (k, v))
     (dq_low, dq_high, dkv, _), _ = jax.lax.scan(visit, start, jnp.arange(1, count))
     dk, dv = rotate(dkv)
     return jnp.concatenate([dq_low, dq_high], axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
