@@ -156,7 +156,6 @@ def add_eval(verb):
 def run_eval(args):
     """Loss, perplexity and bits per byte of a run's newest checkpoint on its validation split."""
     start_jax()
-    import jax
 
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
