@@ -70,7 +70,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.param_dtype = "float32"
     c.model.compute_dtype = "float32"  # bfloat16 on accelerators
     c.model.scan_layers = False  # one compiled layer looped (fast compile) or all unrolled (fast step)
-    c.model.remat = "none"  # none, full
+    c.model.scan_unroll = 1  # of scan_layers: so many layers (whole window patterns) in each turn of the loop
+    c.model.remat = "none"  # none, minimal, save_dots, save_attention, offload, full, or tensors to keep: "attention,offload:up"
     c.model.from_pretrained = ""  # a jaxlm run directory whose parameters start this run
 
     c.objective = ConfigDict()

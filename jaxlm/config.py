@@ -20,7 +20,7 @@ from jaxlm.registry import did_you_mean
 # Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "mesh", "grad_accum_steps",
-                "model.remat", "model.scan_layers")
+                "model.remat", "model.scan_layers", "model.scan_unroll")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -124,7 +124,7 @@ def validate(config: ConfigDict) -> None:
 
     c, m = config, config.model
     positive = ("steps", "batch_size", "seq_len", "grad_accum_steps", "model.num_layers", "model.embed_dim",
-                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "model.ngram_max", "model.ngram_buckets",
+                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "model.scan_unroll", "model.ngram_max", "model.ngram_buckets",
                 "observe.log_every")
     flat = flatten(c)
     for key in positive:
@@ -157,7 +157,7 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
-    choices = {"model.block": ("serial", "parallel"), "model.remat": ("none", "full"),
+    choices = {"model.block": ("serial", "parallel"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),

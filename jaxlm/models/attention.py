@@ -9,6 +9,7 @@ from jaxlm.kernels.matmul import dense
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
+from jaxlm.models.remat import named
 from jaxlm.registry import Registry
 
 ATTENTIONS = Registry("attention", key="model.attention")
@@ -43,13 +44,14 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if hasattr(self, "query_norm"):
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
-        q_BTNH, k_BSKH = rotate(q_BTNH, context.rope), rotate(k_BSKH, context.rope)
+        q_BTNH, k_BSKH = named("query", rotate(q_BTNH, context.rope)), named("key", rotate(k_BSKH, context.rope))
         if first_value is None:
             first_value = v_BSKH
         elif hasattr(self, "mix"):
             first_value = jnp.where(is_first, v_BSKH, first_value) if is_first is not False else first_value
             mix = self.mix[...].astype(v_BSKH.dtype)
             v_BSKH = (1 - mix) * v_BSKH + mix * first_value
+        v_BSKH = named("value", v_BSKH)
         if cache is not None:
             at = (0, context.cache_index, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), at)
@@ -58,7 +60,7 @@ class Attention(nnx.Module):
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
                           context_method=context.context_method)
-        return self.out(out_BTNH), first_value, cache
+        return named("attention_out", self.out(named("attention", out_BTNH))), first_value, cache
 
 
 class Projection(nnx.Module):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.parameter import constant, parameter
+from jaxlm.models.remat import named
 from jaxlm.parallel.rules import constrain
 from jaxlm.registry import Registry
 
@@ -34,9 +35,10 @@ class FeedForward(nnx.Module):
         self.down = Linear(m, rngs, F, m.embed_dim, ("mlp", "embed"), inits.output(F))
 
     def __call__(self, x_BTD, context=None):
-        inner = (self.gate, self.up) if hasattr(self, "gate") else (self.up,)
-        h_BTF = activate(self.activation, *(constrain(layer(x_BTD), "batch", "seq", "mlp") for layer in inner))
-        return self.down(h_BTF), None
+        inner = ("gate", "up") if hasattr(self, "gate") else ("up",)
+        h_BTF = activate(self.activation,
+                         *(named(name, constrain(getattr(self, name)(x_BTD), "batch", "seq", "mlp")) for name in inner))
+        return named("down", self.down(h_BTF)), None
 
 
 @partial(jax.checkpoint, static_argnums=0)

@@ -12,6 +12,7 @@ from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
+from jaxlm.models.remat import check_remat, rematerialise
 from jaxlm.parallel.context import zigzag, zigzag_order
 from jaxlm.parallel.pipeline import run_pipeline
 from jaxlm.parallel.rules import constrain, mesh_size
@@ -26,13 +27,14 @@ class Transformer(nnx.Module):
 
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
         m = config.model
+        check_remat(m.remat)
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, jax.default_backend())
         self.isolate = config.data.isolate_documents
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
-        self.scan, self.remat, self.value_residual = m.scan_layers, m.remat, m.value_residual
+        self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
         self.cache_shape = (m.num_kv_heads, m.head_dim)
         self.pattern = tuple(m.window if letter == "L" else 0 for letter in m.window_pattern)
         self.windows = tuple(self.pattern[i % len(self.pattern)] for i in range(m.num_layers))
@@ -121,8 +123,7 @@ class Transformer(nnx.Module):
             x, value, *out = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
             return x, value if self.value_residual else None, out
 
-        if self.remat == "full":
-            block = jax.checkpoint(block, static_argnums=(5,), prevent_cse=not self.scan)
+        block = rematerialise(block, self.remat, static_argnums=(5,), prevent_cse=not self.scan)
         stack = lambda outs: jax.tree.map(lambda *a: jnp.stack(a), *outs)
         if not self.scan:
             outs = []
@@ -142,7 +143,7 @@ class Transformer(nnx.Module):
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
         xs = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), xs)
-        (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs)
+        (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs, unroll=self.scan_unroll)
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @property
