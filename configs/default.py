@@ -144,7 +144,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
     c.kernels.embedding_gradient = "auto"  # of the token and n-gram tables: auto, scatter, onehot, sort
     c.kernels.loss = "auto"  # auto, plain, chunked
+    c.kernels.fused_projections = False  # one product for query, key and value, and one for gate and up
     c.kernels.grouped_matmul = "auto"  # of feedforward=moe: auto, plain, ragged_dot, blocked, gmm
+    c.kernels.compiler_options = ""  # of XLA, beside those jaxlm sets for the hardware: "xla_a=true,xla_b=3"; "xla_a=" unsets one
     c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values
 
     c.checkpoint = ConfigDict()
@@ -166,6 +168,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.observe.report = True  # write report.html
     c.observe.tensorboard = False
     c.observe.wandb = ""  # a Weights & Biases project name; empty: off
+    c.observe.deterministic = False  # on a GPU too, a rerun is the same bit for bit; slower kernels (docs/performance.md)
     c.observe.compile_cache = True  # keep compiled programs in $JAXLM_CACHE or ~/.cache/jaxlm
     c.observe.hang_seconds = 600.0  # no step for this long: every thread's stack, exit 1 (compiling, saving: 6 times); 0: off
     c.observe.peer_seconds = 60.0  # another process silent for this long is lost: all end, exit 1

@@ -20,7 +20,8 @@ from jaxlm.registry import did_you_mean
 # Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "mesh", "grad_accum_steps",
-                "model.remat", "model.scan_layers", "model.scan_unroll")
+                "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
+                "kernels.fused_projections")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -123,8 +124,8 @@ def validate(config: ConfigDict) -> None:
             problems.append(problem)
 
     c, m = config, config.model
-    positive = ("steps", "batch_size", "seq_len", "grad_accum_steps", "model.num_layers", "model.embed_dim",
-                "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "model.scan_unroll", "model.ngram_max", "model.ngram_buckets",
+    positive = ("steps", "batch_size", "seq_len", "grad_accum_steps", "model.num_layers", "model.embed_dim", "model.num_heads",
+                "model.num_kv_heads", "model.mlp_dim", "model.scan_unroll", "model.ngram_max", "model.ngram_buckets",
                 "observe.log_every")
     flat = flatten(c)
     for key in positive:

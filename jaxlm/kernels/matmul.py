@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.parallel.rules import mesh_size
 
@@ -19,3 +20,12 @@ def dense(x, kernel, num_inputs: int = 1):
     rows, inputs = x.shape[: x.ndim - num_inputs], math.prod(kernel.shape[:num_inputs])
     product = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
     return product.reshape(*rows, *kernel.shape[num_inputs:])
+
+
+def dense_together(x_BTD, kernels: list) -> list:
+    """`dense` of several kernels (D, ...), as one product: [(B, T, ...), ...]. They are laid side by side along the axis before
+    the last, in which alone they may differ and which no mesh cuts up: what is on one device stays there, and the gradient of
+    x, which a tensor-parallel mesh sums over devices, is one sum instead of one for each kernel.
+    """
+    ends = np.cumsum([kernel.shape[-2] for kernel in kernels])[:-1]
+    return jnp.split(dense(x_BTD, jnp.concatenate(kernels, axis=-2)), ends, axis=-2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import attend
-from jaxlm.kernels.matmul import dense
+from jaxlm.kernels.matmul import dense, dense_together
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
@@ -22,7 +22,7 @@ class Attention(nnx.Module):
     def __init__(self, config, rngs, inits):
         m = config.model
         N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
-        self.softcap = m.attention_softcap
+        self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
         self.query = Projection(m, rngs, N, inits.hidden(D))
         self.key = Projection(m, rngs, K, inits.hidden(D))
         self.value = Projection(m, rngs, K, inits.hidden(D))
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         one program is every layer, is_first (traced) says so instead.
         cache: (k_BSKH, v_BSKH) of decoding, written from `context.cache_index` on.
         """
-        q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD)
         if hasattr(self, "query_norm"):
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         q_BTNH, k_BSKH = named("query", rotate(q_BTNH, context.rope)), named("key", rotate(k_BSKH, context.rope))
@@ -63,6 +63,17 @@ class Attention(nnx.Module):
         return named("attention_out", self.out(named("attention", out_BTNH))), first_value, cache
 
 
+    def project(self, x_BTD):
+        """-> (q_BTNH, k_BSKH, v_BSKH)."""
+        projections = self.query, self.key, self.value
+        if not self.fused:
+            return [projection(x_BTD) for projection in projections]
+        # By key head, (D, K, heads that share it, H): where a mesh cuts up heads, a group and its key and value are together.
+        D, K, H = self.key.kernel.shape
+        heads = dense_together(x_BTD, [projection.kernel[...].reshape(D, K, -1, H) for projection in projections])
+        return [projection.add_bias(y.reshape(*x_BTD.shape[:2], -1, H)) for projection, y in zip(projections, heads, strict=True)]
+
+
 class Projection(nnx.Module):
     """x_BTD -> heads BTNH."""
 
@@ -73,8 +84,10 @@ class Projection(nnx.Module):
             self.bias = parameter(rngs, shape[1:], axes[1:], constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTD):
-        y_BTNH = dense(x_BTD, self.kernel[...])
-        return y_BTNH + self.bias[...].astype(x_BTD.dtype) if hasattr(self, "bias") else y_BTNH
+        return self.add_bias(dense(x_BTD, self.kernel[...]))
+
+    def add_bias(self, y_BTNH):
+        return y_BTNH + self.bias[...].astype(y_BTNH.dtype) if hasattr(self, "bias") else y_BTNH
 
 
 class OutProjection(nnx.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.kernels.matmul import dense
+from jaxlm.kernels.matmul import dense, dense_together
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.remat import named
 from jaxlm.parallel.rules import constrain
@@ -28,16 +28,22 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config, rngs, inits, form: str, mlp_dim: int):
         m, F = config.model, mlp_dim
-        self.activation, gated = FORMS[form]
+        (self.activation, gated), self.fused = FORMS[form], config.kernels.fused_projections
         self.up = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
         if gated:
             self.gate = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
         self.down = Linear(m, rngs, F, m.embed_dim, ("mlp", "embed"), inits.output(F))
 
     def __call__(self, x_BTD, context=None):
-        inner = ("gate", "up") if hasattr(self, "gate") else ("up",)
+        names = ("gate", "up") if hasattr(self, "gate") else ("up",)
+        layers = [getattr(self, name) for name in names]
+        if self.fused and len(layers) > 1:
+            outs = dense_together(x_BTD, [layer.kernel[...][:, None] for layer in layers])
+            outs = [layer.add_bias(y[..., 0, :]) for layer, y in zip(layers, outs, strict=True)]
+        else:
+            outs = [layer(x_BTD) for layer in layers]
         h_BTF = activate(self.activation,
-                         *(named(name, constrain(getattr(self, name)(x_BTD), "batch", "seq", "mlp")) for name in inner))
+                         *(named(name, constrain(y, "batch", "seq", "mlp")) for name, y in zip(names, outs, strict=True)))
         return named("down", self.down(h_BTF)), None
 
 
@@ -55,8 +61,10 @@ class Linear(nnx.Module):
             self.bias = parameter(rngs, (outputs,), axes[1:], constant(0.0), m.param_dtype)
 
     def __call__(self, x):
-        y = dense(x, self.kernel[...])
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return self.add_bias(dense(x, self.kernel[...]))
+
+    def add_bias(self, y):
+        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
 def build_dense(form: str, config, rngs, inits):

@@ -1,7 +1,9 @@
 """Rematerialisation: what the forward pass of a block keeps for the backward pass, and what is computed again instead.
 
-`model.remat` is the name of a policy, or a list of named tensors to keep, "attention,offload:up"; `offload:` keeps a tensor in the
-host's memory. It changes memory and time, never the numbers. A block's input is always kept.
+`model.remat` is the name of a policy, or a list of named tensors to keep, "attention,offload:up"; `offload:` keeps a tensor
+in the host's memory. It changes memory and time, never the numbers. A block's input is always kept; what is inside routed
+experts has no names and is computed again. Unrolled layers on a CPU keep everything whatever is asked: XLA finds there
+what is computed twice.
 
     none            everything that the gradients need
     minimal         the layer's matrix products and the attention kernel's output: what is computed again is cheap
@@ -40,8 +42,8 @@ def check_remat(remat: str):
     """Raises UserError where `model.remat` is neither a policy nor a list of tensors."""
     wrong = [part for part in remat.split(",") if part.removeprefix("offload:") not in NAMES]
     if wrong and remat != "none" and remat not in POLICIES:
-        raise UserError(f"model.remat={remat!r}: {wrong[0]!r} is no policy and no tensor; use none, {', '.join(POLICIES)}, or some "
-                        f"of {','.join(NAMES)}, each as it is or as offload:NAME")
+        raise UserError(f"model.remat={remat!r}: {wrong[0]!r} is no policy and no tensor; use none, {', '.join(POLICIES)}, "
+                        f"or some of {','.join(NAMES)}, each as it is or as offload:NAME")
 
 
 def policy_of(remat: str):

@@ -32,6 +32,7 @@ from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.compile import jit
+from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, replicated
@@ -57,6 +58,7 @@ class Program(NamedTuple):
     shardings: Any  # of the state
     hyper: dict  # scalars on the devices
     feed: Feed  # of training batches
+    compiler_options: dict  # of XLA
 
     def compile(self) -> tuple[Callable, float]:
         """-> the executable of `train_step`, its state donated, and the seconds that tracing and compiling it took."""
@@ -65,7 +67,8 @@ class Program(NamedTuple):
                  for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
         began = time.time()
         step = jit(self.mesh, self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-        return step.lower(self.state, batch, self.hyper).compile(), time.time() - began
+        step = step.lower(self.state, batch, self.hyper).compile(compiler_options=self.compiler_options)
+        return step, time.time() - began
 
 
 def build_program(config) -> Program:
@@ -87,7 +90,8 @@ def build_program(config) -> Program:
                             "weight_decay": np.float32(config.optimizer.weight_decay),
                             "seed": np.int32(config.seed)}, replicated(mesh))
     feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
-    return Program(data, backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed)
+    options = compiler_options(config, mesh.devices.flat[0], mesh.size)
+    return Program(data, backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options)
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
@@ -120,7 +124,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
     if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
-    share(lambda: open_run_directory(workdir, full_config, allow_config_change), "run directory")
+    share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options), "run directory")
     alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
     process_log.write(about_processes())
@@ -166,6 +170,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
         *describe_experts(config, jax.default_backend()),
+        *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in program.compiler_options.items())]
+          if program.compiler_options else []),
     ]
     process_log.write("\n".join(about))
     progress.start([*about, about_processes()] if num_processes() > 1 else about)

@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy", "tokenizers")
 
 
-def open_run_directory(workdir: str, config, allow_config_change: bool) -> None:
+def open_run_directory(workdir: str, config, allow_config_change: bool, compiler_options: dict) -> None:
     """Make the directory and write config.json, or check that the one there is the same experiment; if only what does not
     make the experiment changed (the mesh, say), it tells of the new values.
 
@@ -37,7 +37,7 @@ def open_run_directory(workdir: str, config, allow_config_change: bool) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"config": values, "fingerprint": fingerprint(config), "commit": git_commit(),
-                          "started": started,
+                          "started": started, "compiler_options": compiler_options,
                           "packages": {p: importlib.metadata.version(p) for p in PACKAGES}})
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); free space or choose another "
