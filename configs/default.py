@@ -144,9 +144,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
     c.kernels.embedding_gradient = "auto"  # of the token and n-gram tables: auto, scatter, onehot, sort
     c.kernels.loss = "auto"  # auto, plain, chunked
-    c.kernels.fused_projections = False  # one product for query, key and value, and one for gate and up
+    c.kernels.fused_projections = "auto"  # one product for q, k, v, one for gate, up: auto (with mesh.tensor), always, never
     c.kernels.grouped_matmul = "auto"  # of feedforward=moe: auto, plain, ragged_dot, blocked, gmm
-    c.kernels.compiler_options = ""  # of XLA, beside those jaxlm sets for the hardware: "xla_a=true,xla_b=3"; "xla_a=" unsets one
+    c.kernels.compiler_options = ""  # of XLA, beside those set for the hardware: "xla_a=true,xla_b=3"; "xla_a=" unsets one
     c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values
 
     c.checkpoint = ConfigDict()

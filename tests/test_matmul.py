@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import test_collectives
 from test_mesh import assert_same_run, reference
 from test_mesh import tiny as tiny_run
 from test_transformer import TOKENS, hidden, tiny
 
 from jaxlm.kernels.matmul import dense, dense_together
+from jaxlm.plan.collectives import summary
 
 
 def test_together_as_one_by_one():
@@ -25,9 +27,20 @@ def test_together_as_one_by_one():
 def test_fused_projections_are_the_same_model(options):
     config = tiny(**options)
     apart = hidden(config, TOKENS)
-    config.kernels.fused_projections = True
+    config.kernels.fused_projections = "always"
     np.testing.assert_allclose(hidden(config, TOKENS), apart, atol=2e-5)
 
 
-def test_they_still_shard():
-    assert_same_run(tiny_run(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, kernels__fused_projections=True), reference())
+@pytest.mark.parametrize("asked", ["always", "never"])
+def test_they_still_shard(asked):
+    assert_same_run(tiny_run(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, kernels__fused_projections=asked), reference())
+
+
+def test_and_sum_less_over_devices(monkeypatch):
+    """The gradient of x comes from one product, not from two or three."""
+    sent = {}
+    for asked in ("auto", "never"):
+        changes = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, kernels__fused_projections=asked)
+        monkeypatch.setitem(test_collectives.CONFIGS, asked, tiny_run(**changes))
+        sent[asked] = summary(test_collectives.compiled(asked)[5])["all-reduce tensor"]["bytes"]
+    assert sent["auto"] < 0.65 * sent["never"]

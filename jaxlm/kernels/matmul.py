@@ -29,3 +29,8 @@ def dense_together(x_BTD, kernels: list) -> list:
     """
     ends = np.cumsum([kernel.shape[-2] for kernel in kernels])[:-1]
     return jnp.split(dense(x_BTD, jnp.concatenate(kernels, axis=-2)), ends, axis=-2)
+
+
+def pays_together(asked: str) -> bool:
+    """Whether `kernels.fused_projections`, of which `auto` is for tensor-parallel meshes, asks for `dense_together` here."""
+    return asked == "always" or asked == "auto" and mesh_size("tensor") > 1

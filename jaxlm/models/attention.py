@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import attend
-from jaxlm.kernels.matmul import dense, dense_together
+from jaxlm.kernels.matmul import dense, dense_together, pays_together
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     def project(self, x_BTD):
         """-> (q_BTNH, k_BSKH, v_BSKH)."""
         projections = self.query, self.key, self.value
-        if not self.fused:
+        if not pays_together(self.fused):
             return [projection(x_BTD) for projection in projections]
         # By key head, (D, K, heads that share it, H): where a mesh cuts up heads, a group and its key and value are together.
         D, K, H = self.key.kernel.shape

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.kernels.matmul import dense, dense_together
+from jaxlm.kernels.matmul import dense, dense_together, pays_together
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.remat import named
 from jaxlm.parallel.rules import constrain
@@ -37,7 +37,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD, context=None):
         names = ("gate", "up") if hasattr(self, "gate") else ("up",)
         layers = [getattr(self, name) for name in names]
-        if self.fused and len(layers) > 1:
+        if len(layers) > 1 and pays_together(self.fused):
             outs = dense_together(x_BTD, [layer.kernel[...][:, None] for layer in layers])
             outs = [layer.add_bias(y[..., 0, :]) for layer, y in zip(layers, outs, strict=True)]
         else:
