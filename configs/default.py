@@ -146,6 +146,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.kernels.loss = "auto"  # auto, plain, chunked
     c.kernels.fused_projections = "auto"  # one product for q, k, v, one for gate, up: auto (with mesh.tensor), always, never
     c.kernels.grouped_matmul = "auto"  # of feedforward=moe: auto, plain, ragged_dot, blocked, gmm
+    c.kernels.quantization = "none"  # of layers' matrix products: none, int8, fp8 (head, embedding, routed experts never)
+    c.kernels.quantized_modules = r"(attention|feedforward)\..*"  # a regex on attention.query ... feedforward.down
     c.kernels.compiler_options = ""  # of XLA, beside those set for the hardware: "xla_a=true,xla_b=3"; "xla_a=" unsets one
     c.kernels.context = "ring"  # with mesh.context > 1: ring (memory stays cut up) or all_gather of keys and values
 

@@ -166,7 +166,8 @@ def validate(config: ConfigDict) -> None:
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
                "kernels.context": ("ring", "all_gather"), "model.expert_form": ("swiglu", "geglu", "gelu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
-               "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never")}
+               "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never"),
+               "kernels.quantization": ("none", "int8", "fp8")}
     for key, valid in choices.items():
         check(flat[key] in valid, f"{key}={flat[key]!r}: {did_you_mean(flat[key], valid)}")
     for axis in ("data", "fsdp", "tensor", "context", "expert", "stage"):

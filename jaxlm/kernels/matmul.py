@@ -5,21 +5,25 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.kernels.quantized import product
 from jaxlm.parallel.rules import mesh_size
 
 
-def dense(x, kernel, num_inputs: int = 1):
+def dense(x, kernel, num_inputs: int = 1, form: str = "none"):
     """x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
+    form: in 8 bits, see `jaxlm.kernels.quantized`.
 
     As one product of two matrices: given the axes B and T apart, XLA on a CPU copies the activations into another order
     for the kernel's gradient and multiplies there at a third of the speed. Elsewhere the reshapes cost nothing, but where
     the sequence is cut up over devices they would gather it.
     """
+    if form != "none":
+        return product(x, kernel, num_inputs, form)
     if mesh_size("context", "tensor", "stage") > 1:
         return jnp.tensordot(x, kernel.astype(x.dtype), num_inputs)
     rows, inputs = x.shape[: x.ndim - num_inputs], math.prod(kernel.shape[:num_inputs])
-    product = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
-    return product.reshape(*rows, *kernel.shape[num_inputs:])
+    y = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
+    return y.reshape(*rows, *kernel.shape[num_inputs:])
 
 
 def dense_together(x_BTD, kernels: list) -> list:

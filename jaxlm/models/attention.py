@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxlm.kernels.attention import attend
 from jaxlm.kernels.matmul import dense, dense_together, pays_together
+from jaxlm.kernels.quantized import form_of
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
@@ -23,10 +24,10 @@ class Attention(nnx.Module):
         m = config.model
         N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
         self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
-        self.query = Projection(m, rngs, N, inits.hidden(D))
-        self.key = Projection(m, rngs, K, inits.hidden(D))
-        self.value = Projection(m, rngs, K, inits.hidden(D))
-        self.out = OutProjection(m, rngs, inits.output(N * H))
+        self.query = Projection(m, rngs, N, inits.hidden(D), form_of(config, "attention.query"))
+        self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
+        self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
+        self.out = OutProjection(m, rngs, inits.output(N * H), form_of(config, "attention.out"))
         if m.qk_norm:
             self.query_norm, self.key_norm = build_norm(config, H, rngs), build_norm(config, H, rngs)
         if m.value_residual:
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
     def project(self, x_BTD):
         """-> (q_BTNH, k_BSKH, v_BSKH)."""
         projections = self.query, self.key, self.value
-        if not pays_together(self.fused):
+        if any(p.form != "none" for p in projections) or not pays_together(self.fused):
             return [projection(x_BTD) for projection in projections]
         # By key head, (D, K, heads that share it, H): where a mesh cuts up heads, a group and its key and value are together.
         D, K, H = self.key.kernel.shape
@@ -77,14 +78,15 @@ class Attention(nnx.Module):
 class Projection(nnx.Module):
     """x_BTD -> heads BTNH."""
 
-    def __init__(self, m, rngs, heads, init):
+    def __init__(self, m, rngs, heads, init, form: str):
+        self.form = form
         shape, axes = (m.embed_dim, heads, m.head_dim), ("embed", "heads", None)
         self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=1)
         if m.attention_bias:
             self.bias = parameter(rngs, shape[1:], axes[1:], constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTD):
-        return self.add_bias(dense(x_BTD, self.kernel[...]))
+        return self.add_bias(dense(x_BTD, self.kernel[...], form=self.form))
 
     def add_bias(self, y_BTNH):
         return y_BTNH + self.bias[...].astype(y_BTNH.dtype) if hasattr(self, "bias") else y_BTNH
@@ -93,12 +95,13 @@ class Projection(nnx.Module):
 class OutProjection(nnx.Module):
     """Heads BTNH -> x_BTD."""
 
-    def __init__(self, m, rngs, init):
+    def __init__(self, m, rngs, init, form: str):
+        self.form = form
         shape, axes = (m.num_heads, m.head_dim, m.embed_dim), ("heads", None, "embed")
         self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
         if m.attention_bias:
             self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTNH):
-        y_BTD = dense(x_BTNH, self.kernel[...], num_inputs=2)
+        y_BTD = dense(x_BTNH, self.kernel[...], 2, self.form)
         return y_BTD + self.bias[...].astype(y_BTD.dtype) if hasattr(self, "bias") else y_BTD

@@ -13,9 +13,10 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """None for a device that is not in the table: never a guess."""
-    return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None
+def peak_flops(device_kind: str, quantization: str = "none") -> float | None:
+    """In bfloat16. None for a device that is not in the table, and where products are in 8 bits, whose peak is another: never
+    a guess."""
+    return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS and quantization == "none" else None
 
 
 def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:

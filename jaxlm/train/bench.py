@@ -91,7 +91,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     # ---- Sum up --------------------------------------------------------------------------------------------------------
     kind = jax.devices()[0].device_kind
     causal, palm = flops_per_token(config, matmul_parameters)
-    speed, peak = tokens / statistics.median(seconds), peak_flops(kind)
+    speed, peak = tokens / statistics.median(seconds), peak_flops(kind, config.kernels.quantization)
     return {
         "tokens_per_second": speed,
         "step_seconds": {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)},

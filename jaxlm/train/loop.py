@@ -21,6 +21,7 @@ from jaxlm.data.loader import Data, build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.attention import choose_backend
+from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
 from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe import process_log
@@ -155,7 +156,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters)
-    peak = peak_flops(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind, config.kernels.quantization)
     peak = peak * mesh.size if peak else None
     names = list(flatten_paths(model.specs))
     active = model.num_active_parameters
@@ -170,6 +171,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
         *describe_experts(config, jax.default_backend()),
+        *describe_quantization(config),
         *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in program.compiler_options.items())]
           if program.compiler_options else []),
     ]
