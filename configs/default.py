@@ -141,7 +141,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.pipeline_repeats = 1  # 1: GPipe; more: circular, each stage holds that many runs of layers and idles less
 
     c.kernels = ConfigDict()
-    c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn
+    c.kernels.attention = "auto"  # auto, plain, blockwise, cudnn (GPU), splash (TPU)
     c.kernels.embedding_gradient = "auto"  # of the token and n-gram tables: auto, scatter, onehot, sort
     c.kernels.loss = "auto"  # auto, plain, chunked
     c.kernels.fused_projections = "auto"  # one product for q, k, v, one for gate, up: auto (with mesh.tensor), always, never

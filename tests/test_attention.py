@@ -1,14 +1,25 @@
 """Attention backends against attention written out in float64, values and gradients, for every mask they claim."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import default
+from jaxlm.errors import UserError
 from jaxlm.kernels import attention
-from jaxlm.kernels.attention import BACKENDS, Request, attend, choose_backend
+from jaxlm.kernels.attention import BACKENDS, Request, attend, choose_backend, of_whole_sequences
+from jaxlm.kernels.backend import Backend
 from jaxlm.kernels.matmul import dense
+from jaxlm.kernels.splash import block_size, splash, splash_supports
+from jaxlm.parallel.compile import jit
+from jaxlm.parallel.mesh import build_mesh
+from jaxlm.parallel.rules import replicated
+
+BACKENDS.register("splash interpreted")(Backend(lambda request: splash_supports(request._replace(platform="tpu")),
+                                                of_whole_sequences(partial(splash, interpret=True))))
 
 
 def exact(q, k, v, window, softcap, segment_ids):
@@ -29,7 +40,9 @@ def exact(q, k, v, window, softcap, segment_ids):
 @pytest.mark.parametrize("masks", [
     dict(), dict(window=5), dict(window=70, softcap=3.0), dict(segments=True), dict(window=70, segments=True),
 ])
-@pytest.mark.parametrize("T, N, K, tile", [(40, 2, 2, 0), (150, 4, 2, 0), (130, 2, 1, 0), (75, 4, 2, 16), (64, 2, 1, 32)])
+@pytest.mark.parametrize("T, N, K, tile", [
+    (40, 2, 2, 0), (150, 4, 2, 0), (130, 2, 1, 0), (75, 4, 2, 16), (64, 2, 1, 32), (384, 4, 2, 0),
+])
 def test_backends_equal_float64(masks, T, N, K, tile, monkeypatch):
     if tile:
         long_from(monkeypatch, tile)
@@ -39,7 +52,7 @@ def test_backends_equal_float64(masks, T, N, K, tile, monkeypatch):
     window, softcap = masks.get("window", 0), masks.get("softcap", 0.0)
     reference = exact(q, k, v, window, softcap, segment_ids)
     inputs, weights = [jnp.asarray(a, jnp.float32) for a in (q, k, v)], jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
-    request, gradients = Request("cpu", "float32", 8, softcap > 0, segment_ids is not None), {}
+    request, gradients = Request("cpu", "float32", 8, softcap > 0, segment_ids is not None, T), {}
     for name in BACKENDS:
         if BACKENDS[name].supports(request):
             continue
@@ -50,7 +63,7 @@ def test_backends_equal_float64(masks, T, N, K, tile, monkeypatch):
 
         gradients[name], out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
         np.testing.assert_allclose(out, reference, atol=2e-5)
-    assert {"plain", "blockwise"} <= set(gradients)
+    assert {"plain", "blockwise"} | ({"splash interpreted"} if T % 128 == 0 else set()) == set(gradients)
     for name in gradients:
         for got, want in zip(gradients[name], gradients["plain"], strict=True):
             np.testing.assert_allclose(got, want, atol=5e-5)
@@ -97,16 +110,56 @@ def test_memory_of_blockwise_is_linear_in_length():
     assert rest[1] < temporary_bytes(4096, "plain") / 2  # at 4 times the length
 
 
-def test_auto_takes_blockwise_off_cpu_only_for_long_sequences():
+@pytest.mark.parametrize("K", [2, 4])  # on each device 2 heads, of one key head and of two
+def test_splash_on_a_mesh_equals_plain(K):
+    c, rng = default.get_config(), np.random.default_rng(K)
+    c.mesh.data, c.mesh.tensor = 4, 2
+    q, k, v, d = (rng.standard_normal((4, 384, heads, 8)).astype(np.float32) for heads in (4, K, K, 4))
+    segment_ids = np.sort(rng.integers(0, 3, (4, 384)), axis=1).astype(np.int32)
+
+    def loss(q, k, v, backend):
+        return jnp.vdot(attend(q, k, v, backend=backend, window=200, softcap=3.0, segment_ids_BT=segment_ids), d)
+
+    mesh = build_mesh(c)
+    on_mesh = jit(mesh, jax.value_and_grad(partial(loss, backend="splash interpreted"), (0, 1, 2)))
+    found = on_mesh(*jax.device_put((q, k, v), replicated(mesh)))
+    expected = jax.jit(jax.value_and_grad(partial(loss, backend="plain"), (0, 1, 2)))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), found, expected)
+
+
+def test_blocks_of_splash_divide_the_sequence_and_are_large_only_where_it_is_long():
+    sizes = {(T, window): block_size(T, window, head_dim=128, itemsize=2)
+             for T, window in ((384, 0), (1024, 0), (8192, 0), (8192, 1024), (32768, 16384), (8192 + 128, 0))}
+    assert sizes == {(384, 0): 128, (1024, 0): 512, (8192, 0): 1024, (8192, 1024): 512, (32768, 16384): 1024, (8320, 0): 128}
+    assert [block_size(8192, 0, H, 4) for H in (64, 256, 512)] == [512, 512, 256]
+
+
+def test_auto_takes_the_fused_kernel_of_the_device_and_blockwise_off_cpu_only_for_long_sequences():
     c = default.get_config()
     c.model.head_dim = 64
     for seq_len, platform, name in ((1024, "cpu", "blockwise"), (1024, "gpu", "plain"), (8192, "gpu", "blockwise"),
-                                    (1024, "tpu", "plain"), (8192, "tpu", "blockwise")):
+                                    (1000, "tpu", "plain"), (8200, "tpu", "blockwise"), (1024, "tpu", "splash")):
         c.seq_len = seq_len
         found, why = choose_backend(c, platform)
-        assert found == name and "cudnn: needs" in why
+        assert found == name and (name == "splash" or "splash: needs a" in why and "cudnn: needs" in why)
     c.model.compute_dtype = "bfloat16"
     assert choose_backend(c, "gpu")[0] == "cudnn"
+    c.kernels.attention = "splash"
+    for seq_len, head_dim, platform, why in (
+        (1000, 64, "tpu", "multiple of 128, not 1000"), (1024, 640, "tpu", "at most 512, not 640"),
+        (1024, 64, "cpu", "needs a TPU, this is cpu"),
+    ):
+        c.seq_len, c.model.head_dim = seq_len, head_dim
+        with pytest.raises(UserError, match=why):
+            choose_backend(c, platform)
+
+
+def test_cudnn_takes_heads_of_256_from_hopper_on():
+    request = Request("gpu", "bfloat16", 256, False, False, 1024)
+    supports = BACKENDS["cudnn"].supports
+    assert not any(supports(request._replace(compute_capability=capability)) for capability in ((9, 0), (12, 0)))
+    assert "at most 128, not 256" in supports(request._replace(compute_capability=(8, 9)))
+    assert "at most 256, not 264" in supports(request._replace(compute_capability=(9, 0), head_dim=264))
 
 
 @pytest.mark.parametrize("shape, num_inputs", [((6, 4), 1), ((6, 2, 4), 1), ((2, 3, 4), 2)])

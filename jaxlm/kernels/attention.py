@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.kernels.backend import Backend, choose
 from jaxlm.kernels.online_softmax import Keys, Queries, Rule, Tiles, attend_tiles
+from jaxlm.kernels.splash import splash, splash_supports
 from jaxlm.parallel.context import attend_on_mesh
 from jaxlm.parallel.rules import on_a_mesh
 from jaxlm.registry import Registry
@@ -25,18 +26,22 @@ class Request(NamedTuple):
     head_dim: int
     softcap: bool
     segments: bool  # packed documents are isolated
+    seq_len: int
+    compute_capability: tuple = ()  # (major, minor) of an NVIDIA GPU
 
 
 def request_of(config, platform: str) -> Request:
     m = config.model
-    return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents)
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; an AMD GPU has a name here
+    return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents, config.seq_len,
+                   tuple(int(part) for part in capability.split(".") if part.isdecimal()))
 
 
 def choose_backend(config, platform: str) -> tuple[str, str]:
     """-> (name, why). Raises UserError where the backend asked for by name cannot serve."""
     # On an accelerator `plain` is the faster of the two while its T x T scores are small.
     blockwise_pays = platform == "cpu" or config.seq_len > LONG
-    preferred = ("cudnn", "blockwise", "plain") if blockwise_pays else ("cudnn", "plain")
+    preferred = ("splash", "cudnn", "blockwise", "plain") if blockwise_pays else ("splash", "cudnn", "plain")
     return choose(BACKENDS, config.kernels.attention, request_of(config, platform), preferred)
 
 
@@ -147,10 +152,20 @@ def by_tiles(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_quer
     return out_XR1H.reshape(B, K, -1, G, H).transpose(0, 2, 1, 3, 4).reshape(B, -1, N, H)[:, :T]
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
-    """cuDNN's fused attention through JAX; memory linear in T. Decoding goes through `plain`: its T is 1."""
-    if q_BTNH.shape[1] != k_BSKH.shape[1]:
-        return plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+def of_whole_sequences(kernel):
+    """A backend of a kernel for as many queries as keys. Decoding goes through `plain`: its T is 1."""
+
+    def run(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
+        if q_BTNH.shape[1] != k_BSKH.shape[1]:
+            return plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT)
+
+    return run
+
+
+def cudnn(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT):
+    """cuDNN's fused attention through JAX; memory linear in T. `cudnn_supports` has seen to it that there is no soft-cap and are
+    no segments, which would need a mask of T x T."""
     # local_window_size given as one number would be symmetric; (left, 0) without is_causal would see the future.
     local = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local,
@@ -166,11 +181,13 @@ def cudnn_supports(request: Request) -> str:
         return "has no soft-cap (model.attention_softcap)"
     if request.segments:
         return "cannot isolate packed documents without a T x T mask (data.isolate_documents)"
-    if request.head_dim % 8 or request.head_dim > 128:
-        return f"needs a head_dim that is a multiple of 8 and at most 128, not {request.head_dim}"
+    longest = 256 if request.compute_capability >= (9,) else 128  # Hopper and later
+    if request.head_dim % 8 or request.head_dim > longest:
+        return f"needs a head_dim that is a multiple of 8 and on this GPU at most {longest}, not {request.head_dim}"
     return ""
 
 
 BACKENDS.register("plain")(Backend(lambda request: "", plain))
 BACKENDS.register("blockwise")(Backend(lambda request: "", blockwise))
-BACKENDS.register("cudnn")(Backend(cudnn_supports, cudnn))
+BACKENDS.register("cudnn")(Backend(cudnn_supports, of_whole_sequences(cudnn)))
+BACKENDS.register("splash")(Backend(splash_supports, of_whole_sequences(splash)))
