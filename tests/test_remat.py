@@ -9,6 +9,7 @@ from flax import nnx
 from test_transformer import noisy, tiny
 
 from jaxlm.errors import UserError
+from jaxlm.kernels.attention import LONG
 from jaxlm.models.remat import POLICIES
 from jaxlm.train.state import build_model
 
@@ -51,6 +52,18 @@ def test_what_is_computed_again():
     assert again["save_dots"] == 2  # and their product with the values
     assert again["save_attention"] == 7  # the scores, and six products of layers
     assert again["full"] == 8
+
+
+def test_flash_attention_is_not_run_twice():
+    """Beyond LONG tokens blockwise attention is a loop over tiles, which only its log-sum-exp saves from being run again."""
+    loops = {}
+    for remat in ("none", "save_attention", "full"):
+        model = build_model(tiny(remat=remat, scan_layers=True), 32, "blockwise")
+        tokens = np.zeros((1, LONG + 1), np.int32)
+        loss = lambda p, model=model, tokens=tokens: nnx.merge(model.graph, p).hidden(tokens)[0].sum()
+        text = jax.jit(jax.grad(loss)).lower(jax.eval_shape(model.init, jax.random.key(0))).as_text()
+        loops[remat] = text.count("stablehlo.while")
+    assert loops["none"] == loops["save_attention"] < loops["full"]
 
 
 def test_what_is_kept():

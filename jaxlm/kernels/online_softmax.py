@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 1024  # queries at a time
 
@@ -146,7 +147,7 @@ def attend_online(queries: Queries, keys: Keys, rule: Rule):
 
 def _forward(queries, keys, rule):
     out, lse = finish(add(begin(queries.q_BTNH), queries, keys, rule))
-    out = out.astype(keys.v_BSKH.dtype)
+    out, lse = (checkpoint_name(a, "attention") for a in (out.astype(keys.v_BSKH.dtype), lse))  # for `jaxlm.models.remat`
     return out, (queries, keys, out, lse)
 
 
@@ -194,7 +195,7 @@ def _tiles_forward(queries, keys, rule, tiles):
         return put_block(running, seen, i, tiles.rows), None
 
     out, lse = finish(jax.lax.scan(visit, begin(queries.q_BTNH), np.array(tiles.pairs, np.int32))[0])
-    out = out.astype(keys.v_BSKH.dtype)
+    out, lse = (checkpoint_name(a, "attention") for a in (out.astype(keys.v_BSKH.dtype), lse))  # for `jaxlm.models.remat`
     return out, (queries, keys, out, lse)
 
 

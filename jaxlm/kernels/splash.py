@@ -37,7 +37,8 @@ def splash(q_BTNH, k_BTKH, v_BTKH, window, softcap, segment_ids_BT, interpret: b
     # The window's other side, 0, is what makes it causal; both masks are computed in the kernel, not stored.
     mask = masks.LocalMask((T, T), (window - 1, 0), offset=0) if window else masks.CausalMask((T, T))
     attend = kernels.make_splash_mha(masks.MultiHeadMask([mask] * N), block_sizes=blocks, attn_logits_soft_cap=softcap or None,
-                                     head_shards=1, q_seq_shards=1, interpret=interpret)
+                                     head_shards=1, q_seq_shards=1, interpret=interpret,
+                                     residual_checkpoint_name="attention")  # for `jaxlm.models.remat`
     segments = None if segment_ids_BT is None else kernels.SegmentIds(segment_ids_BT, segment_ids_BT)
     q_BNTH, k_BKTH, v_BKTH = (a.transpose(0, 2, 1, 3) for a in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
     return jax.vmap(attend)(q_BNTH, k_BKTH, v_BKTH, segments).transpose(0, 2, 1, 3)
