@@ -234,10 +234,15 @@ def fingerprint(config) -> str:
 
 
 def diff(old, new) -> list[str]:
-    """Lines `key: old -> new` for the keys of the experiment that differ; takes configs or nested dicts."""
-    old, new = (json.loads(json.dumps(identity(c))) for c in (old, new))
+    """Lines `key: old -> new` for the keys of the experiment that differ; takes configs or nested dicts. A key that an older
+    version wrote nothing of counts as its default, which is what that version did."""
+    from configs import default
+
+    plain = lambda config: json.loads(json.dumps(identity(config)))
+    defaults, old, new = plain(default.get_config()), plain(old), plain(new)
     keys = sorted(set(old) | set(new))
     missing = "(absent)"
+    old = {k: defaults[k] for k in keys if k not in old and k in defaults} | old
     return [f"{k}: {old[k] if k in old else missing} -> {new[k] if k in new else missing}"
             for k in keys if k not in old or k not in new or old[k] != new[k]]
 

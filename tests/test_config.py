@@ -1,3 +1,4 @@
+import json
 import pathlib
 
 import pytest
@@ -82,6 +83,14 @@ def test_identity_leaves_out_paths_and_logging():
     assert fingerprint(a) == fingerprint(b) and diff(a, b) == []
     b.seed = 1
     assert fingerprint(a) != fingerprint(b) and diff(a, b) == ["seed: 0 -> 1"]
+
+
+def test_a_key_newer_than_the_run_counts_as_its_default():
+    old, new = json.loads(default.get_config().to_json()), default.get_config()
+    del old["model"]["window"]
+    assert diff(old, new) == []
+    new.model.window = 8
+    assert diff(old, new) == ["model.window: 0 -> 8"]
 
 
 def test_default_config_is_valid_and_every_key_has_a_reader():

@@ -21,6 +21,7 @@ from jaxlm.data.loader import Data, build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.attention import choose_backend
+from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
 from jaxlm.objectives.next_token import build_objective
@@ -170,6 +171,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
+        "embedding gradient: {} ({})".format(*choose_embedding_gradient(config, jax.default_backend())),
         *describe_experts(config, jax.default_backend()),
         *describe_quantization(config),
         *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in program.compiler_options.items())]
