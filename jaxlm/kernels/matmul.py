@@ -1,14 +1,16 @@
-"""The dense product of a layer, written so that XLA makes the fast matrix product of it and of its gradients."""
+"""Matrix products, written so that XLA makes the fast one of each and of its gradients."""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.rules import mesh_size
 
 
 def dense(x, kernel, num_inputs: int = 1):
-    """x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
+    """A layer's product: x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
 
     As one product of two matrices: given the axes B and T apart, XLA on a CPU copies the activations into another order
     for the kernel's gradient and multiplies there at a third of the speed. Elsewhere the reshapes cost nothing, but where
@@ -19,3 +21,23 @@ def dense(x, kernel, num_inputs: int = 1):
     rows, inputs = x.shape[: x.ndim - num_inputs], math.prod(kernel.shape[:num_inputs])
     product = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
     return product.reshape(*rows, *kernel.shape[num_inputs:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum_float32(axes: str, a, b):
+    """`jnp.einsum(axes, a, b)` of two arrays of one type, summed and given out in float32.
+
+    Its gradients are products in the type of `a` and `b`, as in flash attention: JAX's own would multiply the float32 gradient of
+    the result by bfloat16 arrays, which accelerators do as a product of float32.
+    """
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _backward(axes, operands, d):
+    a, b = operands
+    d = d.astype(a.dtype)
+    return (*jax.linear_transpose(lambda a: jnp.einsum(axes, a, b), a)(d),
+            *jax.linear_transpose(lambda b: jnp.einsum(axes, a, b), b)(d))
+
+
+einsum_float32.defvjp(lambda axes, a, b: (einsum_float32(axes, a, b), (a, b)), _backward)
