@@ -110,8 +110,8 @@ class Batches:
 
     def prefetched(self, start_step: int, put: Callable, rows=None) -> Iterator:
         """`batch(step, rows)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
-        `data.prefetch` batches ahead, so both reading and the copy to the device happen behind the running step. Close the
-        generator to end the thread."""
+        `data.prefetch` batches ahead, and holds one more until there is room for it, so both reading and the copy to the device
+        happen behind the running step. Close the generator to end the thread."""
         ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
 
         def work():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.kernels.backend import Backend, choose
+from jaxlm.kernels.matmul import einsum_float32
 from jaxlm.kernels.online_softmax import Keys, Queries, Rule, Tiles, attend_tiles
 from jaxlm.kernels.splash import splash, splash_supports
 from jaxlm.parallel.context import attend_on_mesh
@@ -73,7 +74,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query):
     # Heads before tokens: each score matrix is then one contiguous matrix product, twice as fast on a CPU.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = einsum_float32("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     mask = causal_mask(T, S, window, first_query)
@@ -110,8 +111,7 @@ def by_rows(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT):
         end = min(begin + block, T)
         first_key = max(0, begin - window + 1) if window else 0
         keys = slice(first_key, end)
-        scores = jnp.einsum("XRH,XSH->XRS", q_XRH[:, begin * G : end * G], k_XSH[:, keys],
-                            preferred_element_type=jnp.float32)
+        scores = einsum_float32("XRH,XSH->XRS", q_XRH[:, begin * G : end * G], k_XSH[:, keys])
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         mask = causal_mask(end - begin, end - first_key, window, begin - first_key)

@@ -1,7 +1,9 @@
-"""The dense product of a layer, written so that XLA makes the fast matrix product of it and of its gradients."""
+"""Matrix products, written so that XLA makes the fast one of each and of its gradients."""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +12,7 @@ from jaxlm.parallel.rules import mesh_size
 
 
 def dense(x, kernel, num_inputs: int = 1, form: str = "none"):
-    """x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
+    """A layer's product: x (..., *inputs) times kernel (*inputs, *outputs) -> (..., *outputs); `num_inputs` axes are contracted.
     form: in 8 bits, see `jaxlm.kernels.quantized`.
 
     As one product of two matrices: given the axes B and T apart, XLA on a CPU copies the activations into another order
@@ -38,3 +40,23 @@ def dense_together(x_BTD, kernels: list) -> list:
 def pays_together(asked: str) -> bool:
     """Whether `kernels.fused_projections`, of which `auto` is for tensor-parallel meshes, asks for `dense_together` here."""
     return asked == "always" or asked == "auto" and mesh_size("tensor") > 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum_float32(axes: str, a, b):
+    """`jnp.einsum(axes, a, b)` of two arrays of one type, summed and given out in float32.
+
+    Its gradients are products in the type of `a` and `b`, as in flash attention: JAX's own would multiply the float32 gradient of
+    the result by bfloat16 arrays, which accelerators do as a product of float32.
+    """
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _backward(axes, operands, d):
+    a, b = operands
+    d = d.astype(a.dtype)
+    return (*jax.linear_transpose(lambda a: jnp.einsum(axes, a, b), a)(d),
+            *jax.linear_transpose(lambda b: jnp.einsum(axes, a, b), b)(d))
+
+
+einsum_float32.defvjp(lambda axes, a, b: (einsum_float32(axes, a, b), (a, b)), _backward)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.kernels.matmul import einsum_float32
+
 BLOCK = 1024  # queries at a time
 
 
@@ -48,7 +50,7 @@ def scores(queries: Queries, keys: Keys, rule: Rule):
     B, T, N, H = queries.q_BTNH.shape
     K = keys.k_BSKH.shape[2]
     q_BTKGH = queries.q_BTNH.reshape(B, T, K, N // K, H)
-    s = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys.k_BSKH, preferred_element_type=jnp.float32)
+    s = einsum_float32("BTKGH,BSKH->BKGTS", q_BTKGH, keys.k_BSKH)
     if rule.softcap:
         s = rule.softcap * jnp.tanh(s / rule.softcap)
     distance_TS = queries.positions_T[:, None] - keys.positions_S[None, :]
@@ -84,7 +86,7 @@ def add(running: Running, queries: Queries, keys: Keys, rule: Rule) -> Running:
 
 def weigh(p_BKGTS, v_BSKH):
     """-> out_BTNH float32."""
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+    out_BTKGH = einsum_float32("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     B, T, K, G, H = out_BTKGH.shape
     return out_BTKGH.reshape(B, T, K * G, H)
 

@@ -171,8 +171,9 @@ def build_router_loss(config):
     def router_loss(stats, weight_B):
         if stats is None:
             return 0.0, {}
-        load_balance_L = stats.load_balance_B @ weight_B
-        router_z_L = stats.router_z_B @ weight_B
+        # Sums, not products: a matrix unit would round the weights.
+        load_balance_L = jnp.sum(stats.load_balance_B * weight_B, axis=-1)
+        router_z_L = jnp.sum(stats.router_z_B * weight_B, axis=-1)
         return balance * jnp.sum(load_balance_L) + z * jnp.sum(router_z_L), {
             "load_balance_loss": jnp.mean(load_balance_L), "router_z_loss": jnp.mean(router_z_L),
             "expert_counts": jnp.sum(stats.counts_BE, axis=1)}

@@ -57,8 +57,10 @@ def gather(name: str, kernel):
     return jax.lax.all_gather(kernel, "fsdp", axis=KERNEL_AXES[name].index("embed"), tiled=True)
 
 
+@jax.checkpoint  # nothing is kept in float32
 def combine(out_BTKD, weights_BTK):
-    return jnp.einsum("BTK,BTKD->BTD", weights_BTK, out_BTKD, preferred_element_type=jnp.float32)
+    """-> y_BTD float32. A sum, not a product: a matrix unit would round the weights."""
+    return jnp.sum(weights_BTK[..., None] * out_BTKD, axis=2)
 
 
 def through_own(run, x_BTD, choices_BTK, kernels):

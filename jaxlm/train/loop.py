@@ -62,14 +62,18 @@ class Program(NamedTuple):
     feed: Feed  # of training batches
     compiler_options: dict  # of XLA
 
+    @property
+    def batch(self) -> dict:
+        """A ShapeDtypeStruct with its sharding for each array of a batch."""
+        return {name: jax.ShapeDtypeStruct(self.feed.shape, jnp.float32 if name == "loss_mask" else jnp.int32,
+                                           sharding=self.feed.sharding)
+                for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
+
     def compile(self) -> tuple[Callable, float]:
         """-> the executable of `train_step`, its state donated, and the seconds that tracing and compiling it took."""
-        batch = {name: jax.ShapeDtypeStruct(self.feed.shape, jnp.float32 if name == "loss_mask" else jnp.int32,
-                                            sharding=self.feed.sharding)
-                 for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
         began = time.time()
         step = jit(self.mesh, self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-        step = step.lower(self.state, batch, self.hyper).compile(compiler_options=self.compiler_options)
+        step = step.lower(self.state, self.batch, self.hyper).compile(compiler_options=self.compiler_options)
         return step, time.time() - began
 
 
