@@ -3,7 +3,9 @@
     python benchmarks/kernels.py
 
 Matmul: the measured ceiling, TFLOP/s of a product of random normal matrices (all zeros would draw less power, and run faster).
-Embedding gradient: each backend, ids of a Zipf distribution as of natural text, error against float64 sums.
+Embedding gradient: each backend, ids of a Zipf distribution as of natural text, error against float64 sums; on a GPU the
+scatter also with xla_gpu_ftz, without which LLVM may make a loop of each atomic addition.
+Projections: a layer's query, key and value, and its gate and up, apart, as one product, and in 8 bits.
 Attention: each backend that serves, seconds of forward and backward, error against `plain` in float32, temporary memory.
 Every time is the median over blocks of calls that wait only at the end of the block. Small sizes on a CPU.
 """
@@ -21,12 +23,13 @@ from record import check_idle, save
 from configs import default
 from jaxlm.cli import start_jax
 from jaxlm.kernels import attention, embedding
+from jaxlm.kernels.matmul import dense, dense_together
 
 BLOCKS = 5
 
 
-def compile_for(function, *args):
-    return jax.jit(function).lower(*args).compile()
+def compile_for(function, *args, **compiler_options):
+    return jax.jit(function).lower(*args).compile(compiler_options)
 
 
 def seconds_of(compiled, *args) -> float:
@@ -77,15 +80,16 @@ def embedding_gradients(on_cpu: bool) -> dict:
         d64, order = np.asarray(d, np.float64), np.argsort(ids, kind="stable")
         present, first = np.unique(ids[order], return_index=True)
         exact, size = (np.add.reduceat(a[order], first) for a in (d64, np.abs(d64)))
-        for backend in embedding.BACKENDS:
+        ways = [(backend, {}) for backend in embedding.BACKENDS]
+        for backend, options in ways if on_cpu else [*ways, ("scatter", {"xla_gpu_ftz": True})]:
 
             def gradient(table, ids, d, backend=backend, dtype=dtype):
                 look_up = functools.partial(embedding.look_up, ids=ids, backend=backend, cotangent_dtype=dtype)
                 return jax.vjp(lambda table: look_up(table).astype(dtype), table)[1](d)[0]
 
-            row = {"dtype": dtype, "backend": backend}
+            row = {"dtype": dtype, "backend": backend, **options}
             try:
-                compiled = compile_for(gradient, table, ids, d)
+                compiled = compile_for(gradient, table, ids, d, **options)
                 found = np.asarray(compiled(table, ids, d), np.float64)[present]
                 row |= {"max_relative_error": float((np.abs(found - exact) / size).max()),
                         "seconds": seconds_of(compiled, table, ids, d)}
@@ -96,13 +100,36 @@ def embedding_gradients(on_cpu: bool) -> dict:
     return {"tokens": tokens, "vocab": V, "embed_dim": D, "most_frequent": int(np.bincount(ids).max()), "rows": rows}
 
 
+def projections(on_cpu: bool) -> dict:
+    rows, D, N, K, H, F = (2048, 256, 2, 2, 128, 1024) if on_cpu else (65536, 2048, 16, 8, 128, 8192)
+    dtype, out = "float32" if on_cpu else "bfloat16", []
+    x = normal(0, (1, rows, D), dtype)
+    layers = {"query, key, value": [(D, K, heads, H) for heads in (N // K, 1, 1)], "gate, up": [(D, 1, F), (D, 1, F)]}
+
+    def apart(x, kernels, form="none"):
+        return [dense(x, kernel, form=form) for kernel in kernels]
+
+    ways = {"apart": apart, "together": dense_together} | {form: functools.partial(apart, form=form) for form in ("int8", "fp8")}
+    for layer, shapes in layers.items():
+        kernels = [normal(i, shape, dtype) for i, shape in enumerate(shapes)]
+        for way, run in ways.items():
+            row = {"layer": layer, "way": way}
+            try:
+                total = lambda x, kernels, run=run: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in run(x, kernels))
+                compiled = compile_for(jax.value_and_grad(total, (0, 1)), x, kernels)
+                row["seconds"] = seconds_of(compiled, x, kernels)
+            except Exception as error:
+                row["skipped"] = reason_of(error)
+            print(row, flush=True)
+            out.append(row)
+    return {"tokens": rows, "embed_dim": D, "heads": N, "kv_heads": K, "head_dim": H, "mlp_dim": F, "dtype": dtype, "rows": out}
+
+
 def attentions(platform: str, lengths: list[int]) -> dict:
     on_cpu = platform == "cpu"
     tokens, N, K, H = (2048, 2, 2, 64) if on_cpu else (65536, 6, 6, 128)
     c, rows = default.get_config(), []
     c.model.head_dim, c.model.compute_dtype = H, "float32" if on_cpu else "bfloat16"
-    request = attention.request_of(c, platform)
-
     def loss(q, k, v, weights, backend, dtype):
         out = attention.attend(*(a.astype(dtype) for a in (q, k, v)), backend=backend)
         return jnp.vdot(out.astype(jnp.float32), weights)
@@ -111,7 +138,8 @@ def attentions(platform: str, lengths: list[int]) -> dict:
         return functools.partial(jax.value_and_grad(loss, (0, 1, 2)), backend=backend, dtype=dtype)
 
     for T in lengths:
-        B = max(1, tokens // T)
+        B, c.seq_len = max(1, tokens // T), T
+        request = attention.request_of(c, platform)
         inputs = [normal(i, (B, T, heads, H), c.model.compute_dtype) for i, heads in enumerate((N, K, K, N))]
         inputs[3] = inputs[3].astype(jnp.float32)
         wanted = None
@@ -156,6 +184,7 @@ def main():
     result = {"device": device.device_kind, "matmul": matmul(device.platform == "cpu")}
     print(result, flush=True)
     save("kernels", result | {"embedding_gradient": embedding_gradients(device.platform == "cpu"),
+                              "projections": projections(device.platform == "cpu"),
                               "attention": attentions(device.platform, args.lengths)})
 
 
