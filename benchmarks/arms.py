@@ -85,6 +85,7 @@ class JaxlmArm:
         from jaxlm.observe.throughput import flops_per_token, peak_flops
         from jaxlm.optimizers.build import build_optimizer
         from jaxlm.optimizers.schedules import build_schedule
+        from jaxlm.parallel.compiler_options import compiler_options
         from jaxlm.train.state import build_init, build_model, flatten_paths
         from jaxlm.train.step import build_train_step
 
@@ -104,8 +105,9 @@ class JaxlmArm:
         self.hyper = {"learning_rate": np.float32(config.optimizer.learning_rate),
                       "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(0)}
         self.compiled, self.done = None, 0
-        self.compile = lambda: jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0], self.hyper).compile()
-        flops = flops_per_token(config, model.num_matmul_parameters, config.seq_len, [0] * config.model.num_layers)
+        options = compiler_options(config, jax.devices()[0], 1)
+        self.compile = lambda: jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0], self.hyper).compile(options)
+        flops = flops_per_token(config, model.num_matmul_parameters)
         kind = jax.devices()[0].device_kind
         self.facts = {"parameters": model.num_parameters, "attention": f"{backend}: {why}", "platform": platform, "device": kind,
                       "peak_flops": peak_flops(kind), "flops_per_token": flops[0], "flops_per_token_palm": flops[1]}
