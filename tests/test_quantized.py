@@ -9,7 +9,7 @@ from test_mesh import reference, run
 from test_mesh import tiny as tiny_run
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.quantized import MODULES, form_of, product, quantize
+from jaxlm.kernels.quantized import MODULES, describe_quantization, form_of, product, quantize
 from jaxlm.observe.throughput import peak_flops
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import build_mesh
@@ -81,6 +81,9 @@ def test_a_mesh_does_not_change_it(form):
 def test_modules_by_name():
     config = tiny_run(kernels__quantization="int8", kernels__quantized_modules=r"feedforward\.(up|gate)")
     assert [name for name in MODULES if form_of(config, name) == "int8"] == ["feedforward.up", "feedforward.gate"]
+    assert describe_quantization(config)[0].startswith("quantised to int8: feedforward.up, feedforward.gate;")
+    config.model.feedforward, config.kernels.quantized_modules = "moe", ".*"
+    assert "feedforward" not in describe_quantization(config)[0]
     with pytest.raises(UserError, match="matches none of attention.query"):
         form_of(tiny_run(kernels__quantized_modules="mlp"), "feedforward.up")
 

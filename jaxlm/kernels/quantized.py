@@ -86,5 +86,6 @@ def describe_quantization(config) -> list[str]:
     form = config.kernels.quantization
     if form == "none":
         return []
-    modules = [name for name in MODULES if form_of(config, name) == form]
+    dense = config.model.feedforward != "moe" or config.model.shared_experts  # else all of the feed-forward is routed experts
+    modules = [name for name in MODULES if form_of(config, name) == form and (dense or name.startswith("attention"))]
     return [f"quantised to {form}: {', '.join(modules)}; no MFU, since the peak is another"]
