@@ -105,8 +105,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("accum", [1, 4])
-@pytest.mark.parametrize("mesh", MESHES)
+ACCUMULATE = ("fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=4 ring", "stage=2,tensor=2,data=2")  # in the default suite
+
+
+@pytest.mark.parametrize("mesh, accum", [(mesh, 1) for mesh in MESHES] + [
+    pytest.param(mesh, 4, marks=() if mesh in ACCUMULATE else pytest.mark.slow) for mesh in MESHES])
 def test_every_mesh_gives_the_same_curve_and_gradient(mesh, accum):
     assert_same_run(tiny(**MESHES[mesh], grad_accum_steps=accum), reference())
 
