@@ -47,6 +47,15 @@ def test_scales():
     assert np.isfinite(np.asarray(codes, np.float32)).all() and float(scale.squeeze()) == pytest.approx(4e30 / 448)
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(form, bad):
+    """Else a run would go on over it."""
+    x, kernel, _ = inputs()
+    x[0, 0, 0, 0] = bad
+    assert not np.isfinite(product(x, kernel, 2, form)[0, 0]).any()
+
+
 def test_the_compiled_product_is_of_8_bits():
     x, kernel, d = inputs()
     for form, types in (("int8", ["xi8>"]), ("fp8", ["xf8E4M3FN>", "xf8E5M2>"])):
@@ -86,6 +95,8 @@ def test_modules_by_name():
     assert "feedforward" not in describe_quantization(config)[0]
     with pytest.raises(UserError, match="matches none of attention.query"):
         form_of(tiny_run(kernels__quantized_modules="mlp"), "feedforward.up")
+    with pytest.raises(UserError, match="is no regex"):
+        form_of(tiny_run(kernels__quantized_modules="("), "feedforward.up")
 
 
 def test_no_mfu_against_the_peak_of_another_type():

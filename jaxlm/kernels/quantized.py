@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from jaxlm.errors import UserError
 
-FORMS = ("none", "int8", "fp8")
 MODULES = ("attention.query", "attention.key", "attention.value", "attention.out", "feedforward.up", "feedforward.gate",
            "feedforward.down")
 
@@ -24,6 +23,10 @@ MODULES = ("attention.query", "attention.key", "attention.value", "attention.out
 def form_of(config, module: str) -> str:
     """In which form the products of `module`, one of MODULES, are. Raises UserError where the filter names no module."""
     k = config.kernels
+    try:
+        re.compile(k.quantized_modules)
+    except re.error as error:
+        raise UserError(f"kernels.quantized_modules={k.quantized_modules!r} is no regex: {error}") from error
     if not any(re.fullmatch(k.quantized_modules, name) for name in MODULES):
         raise UserError(f"kernels.quantized_modules={k.quantized_modules!r} matches none of {', '.join(MODULES)}")
     return k.quantization if re.fullmatch(k.quantized_modules, module) else "none"
@@ -33,12 +36,12 @@ def quantize(x, axes, dtype):
     """-> (codes of `dtype`, scale float32 with `axes` kept as 1): x is about codes * scale, exact at the largest."""
     most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest / most, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / most)  # of a NaN, which no integer holds, the scale is NaN
     codes = x.astype(jnp.float32) / scale
     return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else jnp.clip(codes, -most, most)).astype(dtype), scale
 
 
-def contract(a, b, a_axes, b_axes, preferred=None):
+def contract(a, b, a_axes, b_axes, preferred):
     """The product of two arrays over these axes."""
     return jax.lax.dot_general(a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), preferred_element_type=preferred)
 
