@@ -36,7 +36,9 @@ def quantize(x, axes, dtype):
     """-> (codes of `dtype`, scale float32 with `axes` kept as 1): x is about codes * scale, exact at the largest."""
     most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest == 0, 1.0, largest / most)  # of a NaN, which no integer holds, the scale is NaN
+    # Neither an integer nor, on a CPU, XLA's maximum holds a NaN: the scale does.
+    finite = jnp.all(jnp.isfinite(x), axis=axes, keepdims=True)
+    scale = jnp.where(finite, jnp.where(largest > 0, largest / most, 1.0), jnp.nan)
     codes = x.astype(jnp.float32) / scale
     return (jnp.round(codes) if jnp.issubdtype(dtype, jnp.integer) else jnp.clip(codes, -most, most)).astype(dtype), scale
 
