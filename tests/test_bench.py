@@ -14,7 +14,7 @@ from jaxlm.observe import scores
 from jaxlm.observe.throughput import flops_per_token
 from jaxlm.observe.trace import costly_operations
 from jaxlm.train.bench import bench
-from jaxlm.train.loop import build_program
+from jaxlm.train.program import build_program
 
 PRESET = "configs/llama3_8b.py:debug"
 
@@ -39,7 +39,7 @@ def test_the_figures_are_positive_and_agree(measured):
     assert r["device"] == "2 x cpu, data=2" and r["config_fingerprint"] == fingerprint(config)
     assert min(r["matmul_ceiling_tflops"], r["peak_memory_bytes"], r["compile_seconds_warm"]) > 0
     assert r["compile_seconds_warm"] < r["compile_seconds"]
-    causal, _ = flops_per_token(config, build_program(config).model.num_matmul_parameters)
+    causal, _ = flops_per_token(config, build_program(config, 257).model.num_matmul_parameters)
     np.testing.assert_allclose(r["share_of_ceiling"] * 2 * r["matmul_ceiling_tflops"] * 1e12, r["tokens_per_second"] * causal)
     assert abs(r["loss"] - np.log(257)) < 0.5  # random tokens cannot be learned in seven steps
 

@@ -17,11 +17,14 @@ import pytest
 from flax import nnx
 
 from jaxlm.config import load
+from jaxlm.data.feed import put_everywhere
 from jaxlm.observe.throughput import flops_per_token
-from jaxlm.plan.program import bytes_accessed, flops, host_calls, memory, operations, types, wide_products
+from jaxlm.parallel.rules import replicated
+from jaxlm.plan.facts import bytes_accessed, flops, host_calls, memory, operations, types, wide_products
 from jaxlm.train import loop
 from jaxlm.train.bench import empty_compile_cache
-from jaxlm.train.loop import Program, build_program, train
+from jaxlm.train.loop import train
+from jaxlm.train.program import Program, build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "programs.json"
 CPU = pathlib.Path("/proc/cpuinfo")
@@ -32,18 +35,19 @@ TPU = "v5e:2x4"
 WITHIN = 0.02  # of bytes, and of operations that XLA joins and splits as it likes
 
 
-def preset(name, *overrides, mesh=(1, 1)):
+def preset(name, *overrides, mesh=(1, 1), devices=None):
     axes = (f"mesh.data={mesh[0]}", f"mesh.fsdp={mesh[1]}")
-    return build_program(load(f"configs/{name}.py:debug", [f"--config.{o}" for o in (*axes, *overrides)]))
+    config = load(f"configs/{name}.py:debug", [f"--config.{o}" for o in (*axes, *overrides)])
+    return build_program(config, config.model.vocab_size, devices)
 
 
 def step_jaxpr(program):
-    return jax.make_jaxpr(program.train_step)(program.state, program.batch, program.hyper)
+    return jax.make_jaxpr(program.train_step)(*program.inputs)
 
 
 def gradient_jaxpr(program, rows=None):
     """Of the model and its loss, without the optimizer."""
-    batch = {name: jax.ShapeDtypeStruct((rows or a.shape[0], a.shape[1]), a.dtype) for name, a in program.batch.items()}
+    batch = {name: jax.ShapeDtypeStruct((rows or a.shape[0], a.shape[1]), a.dtype) for name, a in program.inputs[1].items()}
     loss = lambda params, batch: program.objective(nnx.merge(program.model.graph, params), batch)[0]
     return jax.make_jaxpr(jax.grad(loss))(program.state["params"], batch)
 
@@ -96,11 +100,7 @@ def test_the_step_compiled_for_a_tpu_is_the_stored_one(monkeypatch):
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=TPU).devices
-    monkeypatch.setattr(jax, "devices", lambda *_: chips)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    abstract = lambda a, sharding: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=sharding)
-    monkeypatch.setattr(loop, "put_everywhere", lambda tree, sharding: jax.tree.map(lambda a: abstract(a, sharding), tree))
-    program = preset("llama_1b", "model.compute_dtype=bfloat16", mesh=(1, -1))
+    program = preset("llama_1b", "model.compute_dtype=bfloat16", mesh=(1, -1), devices=chips)
     assert program.mesh.shape["fsdp"] == len(chips) == 8
     with empty_compile_cache():  # nothing here could load what one keeps
         step = program.compile()[0]
@@ -205,10 +205,11 @@ def test_the_whole_state_is_donated(mesh):
     program, step = compiled("gpt2_124m", mesh=mesh)
     assert memory(step).aliased >= bytes_on_a_device(program.state) > 100_000
     old = jax.jit(program.init, out_shardings=program.shardings)(0)
-    batch = program.feed.put(program.data.train.batch(0))
-    new, _ = step(old, batch, program.hyper)
+    batch = program.feed.put({name: np.zeros(a.shape, a.dtype) for name, a in program.inputs[1].items()})
+    hyper = put_everywhere(program.hyper, replicated(program.mesh))
+    new, _ = step(old, batch, hyper)
     assert all(a.is_deleted() for a in jax.tree.leaves(old))
-    assert not any(a.is_deleted() for a in jax.tree.leaves((new, batch, program.hyper)))
+    assert not any(a.is_deleted() for a in jax.tree.leaves((new, batch, hyper)))
 
 
 # ---- The loop ---------------------------------------------------------------------------------------------------------------

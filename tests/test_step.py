@@ -109,7 +109,7 @@ def test_a_bad_gradient_is_named_and_never_reaches_the_state(policy):
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_a_bad_update_is_held_back_by_branch_and_by_select(backend, monkeypatch):
     """A CPU takes a branch, an accelerator a select (traced here as if there were one): same numbers, same refusal."""
-    monkeypatch.setattr("jaxlm.train.step.jax.default_backend", lambda: backend)
+    monkeypatch.setattr("jaxlm.parallel.target.platform", lambda: backend)
     same(run(tiny())[1], reference()[1], 1e-6)
     nan = lambda state: {**state, "params": {**state["params"], "embedding": state["params"]["embedding"] * jnp.nan}}
     _, state, metrics, _ = run(tiny(), steps=1, spoil=nan)

@@ -10,6 +10,7 @@ from jaxlm.kernels.backend import Backend, choose
 from jaxlm.kernels.matmul import einsum_float32
 from jaxlm.kernels.online_softmax import Keys, Queries, Rule, Tiles, attend_tiles
 from jaxlm.kernels.splash import splash, splash_supports
+from jaxlm.parallel import target
 from jaxlm.parallel.context import attend_on_mesh
 from jaxlm.parallel.rules import on_a_mesh
 from jaxlm.registry import Registry
@@ -33,7 +34,7 @@ class Request(NamedTuple):
 
 def request_of(config, platform: str) -> Request:
     m = config.model
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; an AMD GPU has a name here
+    capability = getattr(target.device(), "compute_capability", "")  # "9.0"; an AMD GPU has a name here
     return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents, config.seq_len,
                    tuple(int(part) for part in capability.split(".") if part.isdecimal()))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxlm.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from jaxlm.models.feedforward import FEEDFORWARDS, FORMS, FeedForward, activate
 from jaxlm.models.parameter import constant, parameter
+from jaxlm.parallel import target
 from jaxlm.parallel.expert import KERNEL_AXES, choose, dispatch, gather
 from jaxlm.parallel.rules import constrain
 
@@ -97,7 +98,7 @@ class Experts(nnx.Module):
         E, D, F = m.num_experts, m.embed_dim, m.mlp_dim
         self.number = E
         self.activation, gated = FORMS[m.expert_form]
-        self.backend, _ = choose_grouped_matmul(config, jax.default_backend())
+        self.backend, _ = choose_grouped_matmul(config, target.platform())
         for name in ("up", "gate", "down") if gated else ("up", "down"):
             shape, init = ((E, F, D), inits.output(F)) if name == "down" else ((E, D, F), inits.hidden(D))
             setattr(self, name, nnx.Dict(kernel=parameter(rngs, shape, KERNEL_AXES[name], init, m.param_dtype, num_inputs=1,

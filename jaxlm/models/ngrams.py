@@ -1,11 +1,11 @@
 """N-gram embeddings: a learned vector for the last n tokens, added to the token's own embedding."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.models.parameter import constant, parameter
+from jaxlm.parallel import target
 
 HASH = 0x9E3779B1  # an odd number near 2^32 / golden ratio: multiplicative hashing (Knuth, TAOCP 6.4)
 
@@ -17,7 +17,7 @@ class NgramEmbedding(nnx.Module):
     def __init__(self, config, vocab_size: int, rngs: nnx.Rngs):
         m = config.model
         self.vocab_size, self.buckets, self.orders = vocab_size, m.ngram_buckets, range(2, m.ngram_max + 1)
-        self.gradient, _ = choose_embedding_gradient(config, jax.default_backend())
+        self.gradient, _ = choose_embedding_gradient(config, target.platform())
         self.compute_dtype = jnp.dtype(m.compute_dtype)
         self.embedding = parameter(rngs, (len(self.orders), self.buckets, m.embed_dim), (None, "vocab", "embed"),
                                    constant(0.0), m.param_dtype)

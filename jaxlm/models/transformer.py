@@ -13,6 +13,7 @@ from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
 from jaxlm.models.remat import check_remat, rematerialise
+from jaxlm.parallel import target
 from jaxlm.parallel.context import zigzag, zigzag_order
 from jaxlm.parallel.pipeline import run_pipeline
 from jaxlm.parallel.rules import constrain, mesh_size
@@ -29,7 +30,7 @@ class Transformer(nnx.Module):
         m = config.model
         check_remat(m.remat)
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
-        self.embedding_gradient, _ = choose_embedding_gradient(config, jax.default_backend())
+        self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate = config.data.isolate_documents
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
         self.context_method = config.kernels.context

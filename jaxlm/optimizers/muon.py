@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.models.parameter import ParamSpec
+from jaxlm.parallel import target
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -40,7 +41,7 @@ def muon(specs, adam: optax.GradientTransformation, momentum: float, nesterov: b
     leaves = [spec for _, spec in with_paths]
     hidden = [i for i, spec in enumerate(leaves) if is_hidden_matrix(spec)]
     others = [i for i, spec in enumerate(leaves) if not is_hidden_matrix(spec)]
-    compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    compute_dtype = jnp.float32 if target.platform() == "cpu" else jnp.bfloat16
 
     def matrix_shape(spec):
         dims = spec.shape[spec.num_stacked :]

@@ -58,15 +58,15 @@ def compiler_options(config, device, devices: int) -> dict:
         if row.applies(config, devices) and re.fullmatch(row.kind, kind):  # in this order, so that every key counts as read
             wanted |= row.options
     wanted |= parse_options(config.kernels.compiler_options)
-    return known({name: value for name, value in wanted.items() if value is not None})
+    return known({name: value for name, value in wanted.items() if value is not None}, device)
 
 
-def known(options: dict) -> dict:
-    """Those that this compiler knows. Found out by compiling next to nothing."""
-    found = {}
+def known(options: dict, device) -> dict:
+    """Those that the device's compiler knows. Found out by compiling next to nothing."""
+    found, nothing = {}, jax.ShapeDtypeStruct((), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
     for name, value in options.items():
         try:
-            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+            jax.jit(lambda x: x).lower(nothing).compile(compiler_options={name: value})
             found[name] = value
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):

@@ -17,10 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import Tracked, fingerprint, flatten
+from jaxlm.data.feed import put_everywhere
+from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, UserError
 from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_bytes
 from jaxlm.parallel.distributed import is_main
-from jaxlm.train.loop import build_program
+from jaxlm.parallel.rules import replicated
+from jaxlm.train.program import build_program
 from jaxlm.train.rundir import git_commit
 
 ELSEWHERE = ("data.", "checkpoint.", "eval.", "observe.")  # keys of what a benchmark leaves out: they may stand unread
@@ -47,7 +50,8 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     if config.model.vocab_size and config.data.source != "synthetic":
         config = config.copy_and_resolve_references()
         config.data.source = "synthetic"
-    program, config = build(config, overrides)
+    data, program, config = build(config, overrides)
+    hyper = put_everywhere(program.hyper, replicated(program.mesh))
 
     # ---- Compile, with and without what the cache keeps ----------------------------------------------------------------
     with empty_compile_cache():
@@ -59,12 +63,12 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
 
     # ---- Time ----------------------------------------------------------------------------------------------------------
     state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
-    batches = program.data.train.prefetched(0, program.feed.put, program.feed.rows)
+    batches = data.train.prefetched(0, program.feed.put, program.feed.rows)
 
     def run(steps):
         nonlocal state
         for _ in range(steps):
-            state, metrics = step_fn(state, next(batches), program.hyper)
+            state, metrics = step_fn(state, next(batches), hyper)
         jax.block_until_ready((state, metrics))
         return metrics
 
@@ -108,17 +112,18 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
 
 
 def build(config, overrides):
-    """-> (program, config as a read-only view). Raises UserError also for keys set that the program does not read."""
+    """-> (data, program, config as a read-only view). Raises UserError also for keys set that the program does not read."""
     from configs import default
 
     tracked = Tracked(config)
-    program = build_program(tracked)
+    data = build_data(tracked)
+    program = build_program(tracked, data.vocab_size)
     # What the loop reads beside the program, and what says how it watches and writes.
     tracked.reads.update(k for k in flatten(config) if k.startswith(ELSEWHERE))
     tracked.reads.update(("steps", "imports", "optimizer.nonfinite", "model.from_pretrained"))
     if unread := tracked.unread(default.get_config(), overrides):
         raise UserError(*unread)
-    return program, tracked
+    return data, program, tracked
 
 
 @contextlib.contextmanager

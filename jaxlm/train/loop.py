@@ -7,97 +7,34 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import Tracked, fingerprint, steps_of
 from jaxlm.data.feed import Feed, put_everywhere
-from jaxlm.data.loader import Data, build_data
+from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate
-from jaxlm.kernels.attention import choose_backend
 from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
-from jaxlm.objectives.next_token import build_objective
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
 from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
-from jaxlm.optimizers.build import build_optimizer
-from jaxlm.optimizers.schedules import build_schedule
+from jaxlm.parallel import target
 from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.compile import jit
-from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
-from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, replicated
+from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
+from jaxlm.train.program import build_program
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
-from jaxlm.train.state import Model, build_init, build_model, flatten_paths, state_shardings
-from jaxlm.train.step import build_eval_step, build_train_step
+from jaxlm.train.state import flatten_paths
+from jaxlm.train.step import build_eval_step
 from jaxlm.train.stop import StopSignal
-
-
-class Program(NamedTuple):
-    """What `train` runs and `bench` times: the very same."""
-
-    data: Data
-    backend: str  # of attention
-    why: str  # that one
-    model: Model
-    mesh: jax.sharding.Mesh
-    objective: Callable
-    train_step: Callable  # (state, batch, hyper) -> (state, metrics), not yet jitted
-    init: Callable  # seed -> state, not yet jitted
-    state: Any  # a ShapeDtypeStruct with its sharding for each leaf
-    shardings: Any  # of the state
-    hyper: dict  # scalars on the devices
-    feed: Feed  # of training batches
-    compiler_options: dict  # of XLA
-
-    @property
-    def batch(self) -> dict:
-        """A ShapeDtypeStruct with its sharding for each array of a batch."""
-        return {name: jax.ShapeDtypeStruct(self.feed.shape, jnp.float32 if name == "loss_mask" else jnp.int32,
-                                           sharding=self.feed.sharding)
-                for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")}
-
-    def compile(self) -> tuple[Callable, float]:
-        """-> the executable of `train_step`, its state donated, and the seconds that tracing and compiling it took."""
-        began = time.time()
-        step = jit(self.mesh, self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-        step = step.lower(self.state, self.batch, self.hyper).compile(compiler_options=self.compiler_options)
-        return step, time.time() - began
-
-
-def build_program(config) -> Program:
-    """Compiles nothing. Raises UserError: all that is wrong with data, parts or mesh."""
-    data = build_data(config)
-    backend, why = choose_backend(config, jax.default_backend())
-    model = build_model(config, data.vocab_size, backend)
-    mesh = build_mesh(config, model.num_parameters)
-    if mesh.shape["context"] > 1:
-        backend, why = config.kernels.context, "mesh.context cuts the sequence up"
-    objective = build_objective(config)
-    optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
-    train_step = build_train_step(config, model, objective, optimizer, schedule)
-    init = build_init(config, model, optimizer)
-    state = jax.eval_shape(init, 0)
-    shardings = state_shardings(mesh, model, state, config.mesh.zero_stage)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    hyper = put_everywhere({"learning_rate": np.float32(config.optimizer.learning_rate),
-                            "weight_decay": np.float32(config.optimizer.weight_decay),
-                            "seed": np.int32(config.seed)}, replicated(mesh))
-    feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
-    options = compiler_options(config, mesh.devices.flat[0], mesh.size)
-    return Program(data, backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options)
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
@@ -113,8 +50,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     from configs import default
 
     # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
-    program = build_program(config)
-    data, model, mesh, feed = program.data, program.model, program.mesh, program.feed
+    data = build_data(config)
+    program = build_program(config, data.vocab_size)
+    model, mesh, feed, hyper = program.model, program.mesh, program.feed, put_everywhere(program.hyper, replicated(program.mesh))
     steps, log_every = config.steps, config.observe.log_every
     duration = lambda value, key: steps_of(value, full_config, key)
     eval_every = duration(config.eval.every_steps, "eval.every_steps")
@@ -175,8 +113,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
         + (f"resuming at step {start}" if start else "from scratch"),
-        "embedding gradient: {} ({})".format(*choose_embedding_gradient(config, jax.default_backend())),
-        *describe_experts(config, jax.default_backend()),
+        "embedding gradient: {} ({})".format(*choose_embedding_gradient(config, target.platform())),
+        *describe_experts(config, target.platform()),
         *describe_quantization(config),
         *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in program.compiler_options.items())]
           if program.compiler_options else []),
@@ -290,7 +228,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
-                state, metrics = step_fn(state, batch, program.hyper)
+                state, metrics = step_fn(state, batch, hyper)
                 if pending:
                     read_back(pending)
                 pending = (step, metrics)

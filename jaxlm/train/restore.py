@@ -51,11 +51,12 @@ def open_run(workdir: str, overrides=()) -> Run:
     from jaxlm.checkpoint.manager import Checkpoints
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
+    from jaxlm.parallel import target
     from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
     from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
     data = build_data(config)
-    backend, _ = choose_backend(config, jax.default_backend())
+    backend, _ = choose_backend(config, target.platform())
     model = build_model(config, data.vocab_size, backend)
     count = len(jax.devices())
     asked = any(o.startswith("--config.mesh") for o in overrides)

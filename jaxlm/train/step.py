@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.moe import balance_biases, router_metrics
+from jaxlm.parallel import target
 from jaxlm.parallel.rules import constrain
 from jaxlm.train.state import lay_out
 
@@ -73,7 +74,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
         # A bad update never reaches the state, whatever the policy: the device decides, the host hears of it later. An
         # accelerator fuses a select into the update, where a branch would wait for the host; a CPU would copy all moments.
         old = {name: value for name, value in state.items() if name != "step"}
-        if jax.default_backend() == "cpu":
+        if target.platform() == "cpu":
             new_state = jax.lax.cond(finite, update, lambda old, grads: old, old, grads)
         else:
             new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(old, grads), old)
