@@ -6,8 +6,19 @@ import jax.numpy as jnp
 from jaxlm.kernels.matmul import dense
 from jaxlm.parallel.rules import constrain, mesh_size
 
-# Above this many logits per device the head and the loss go over slices (2 GiB in float32).
+# Above this many logits per device the head and the loss go over slices (2 GiB in float32), of at most so many logits. Each slice
+# adds to the head's gradient in memory, so it should have some thousands of tokens.
 CHUNK_ABOVE = 2**29
+
+
+def chunk_tokens(rows: float, T: float, V: float, method: str) -> float:
+    """Tokens of a slice, of `rows` x `T` tokens on one device, V logits each."""
+    return rows * T / number_of_chunks(rows * T * V, method)
+
+
+def number_of_chunks(logits: float, method: str) -> int:
+    """logits: on one device."""
+    return max(1, -(-int(logits) // CHUNK_ABOVE)) if method == "auto" else (8 if method == "chunked" else 1)
 
 
 def token_losses(logits_BTV, targets_BT, z_loss: float, label_smoothing: float):
@@ -49,7 +60,7 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
         return jnp.sum(loss * mask), jnp.sum(nll * mask)
 
     context, devices = mesh_size("context"), mesh_size("data", "fsdp", "expert", "context", "tensor")
-    chunks = max(1, -(-B * T * V // devices // CHUNK_ABOVE)) if method == "auto" else (8 if method == "chunked" else 1)
+    chunks = number_of_chunks(B * T * V / devices, method)
     while T // context % chunks:  # slices of equal length
         chunks += 1
     if chunks == 1:

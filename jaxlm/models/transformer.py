@@ -119,17 +119,20 @@ class Transformer(nnx.Module):
         windows stay static."""
         length, period = len(jax.tree.leaves(stacked)[0]), len(self.pattern)
 
-        def block(x, value, state, layer, layer_cache, window):
+        def block(x, value, layers, place, window):
+            # `place` in a period is looked up in here: a layer's slice of what a scan goes over would be kept for the backward
+            # pass, a second copy of all parameters, where the whole is there anyway.
+            state, layer, layer_cache = layers if place is None else jax.tree.map(lambda a: a[place], layers)
             keys = fold_in(keys_BT, layer)
             x, value, *out = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
             return x, value if self.value_residual else None, out
 
-        block = rematerialise(block, self.remat, static_argnums=(5,), prevent_cse=not self.scan)
+        block = rematerialise(block, self.remat, static_argnums=(3, 4), prevent_cse=not self.scan)
         stack = lambda outs: jax.tree.map(lambda *a: jnp.stack(a), *outs)
         if not self.scan:
             outs = []
             for i, (state, layer_cache) in enumerate(unstack((stacked, cache), length)):
-                x_BTD, value, out = block(x_BTD, value, state, first_layer + i, layer_cache, self.pattern[i % period])
+                x_BTD, value, out = block(x_BTD, value, (state, first_layer + i, layer_cache), None, self.pattern[i % period])
                 outs.append(out)
             return value, x_BTD, *stack(outs)
         if self.value_residual and value is None:
@@ -138,7 +141,7 @@ class Transformer(nnx.Module):
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
             for i, window in enumerate(self.pattern):
-                x, value, out = block(x, value, *jax.tree.map(lambda a, i=i: a[i], xs_P), window)
+                x, value, out = block(x, value, xs_P, i, window)
                 outs.append(out)
             return (x, value), stack(outs)
 

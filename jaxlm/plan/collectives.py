@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.plan.hlo import Operation, Program, bytes_of
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-         "f64": 8}
-CALLS = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 
 
 class Collective(NamedTuple):
@@ -24,43 +23,36 @@ class Collective(NamedTuple):
     in_loop: bool
 
 
-def collectives_of(hlo: str, mesh) -> list[Collective]:
+def collectives_of(hlo: str | Program, mesh) -> list[Collective]:
     """hlo: `compiled.as_text()`, optimised and partitioned. Counts as sent what a ring needs: (g-1)/g of the result of an
     all-gather or the operand of a reduce-scatter among g devices, twice that for an all-reduce. Of a branch, all
     sides count."""
-    bodies, entry = split_computations(hlo)
-    found = []
-
-    def visit(name: str, times: int, in_loop: bool):
-        for line in bodies[name]:
-            operation = re.search(r"=\s+(\S.*?)\s+([a-z0-9-]+)\(", line)
-            if not operation:
-                continue
-            shape, kind = operation[1], operation[2].removesuffix("-start")
-            if kind in KINDS:
-                groups = groups_of(line, mesh.size)
-                found.append(Collective(kind, axes_of(groups, mesh), plain(shape), times, sent(kind, shape, groups), in_loop))
-                continue
-            loop, known = kind == "while", re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            called = [name.strip(" %") for several, one in CALLS.findall(line) for name in (several or one).split(",")]
-            for name in called:
-                if name in bodies:
-                    visit(name, times * (int(known[1]) if loop and known else 1), in_loop or loop)
-
-    visit(entry, 1, False)
+    program, found = Program(hlo) if isinstance(hlo, str) else hlo, []
+    for _, operation, times, in_loop in program.walk():
+        for kind, shape, line in communications(program, operation):
+            groups = groups_of(line, mesh.size)
+            found.append(Collective(kind, axes_of(groups, mesh), plain(shape), times, sent(kind, shape, groups), in_loop))
     return found
 
 
-def split_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    bodies, entry, name = {}, "", ""
-    for line in hlo.splitlines():
-        if match := re.match(r"(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$", line):
-            name = match[2]
-            bodies[name] = []
-            entry = name if match[1] else entry
-        elif name:
-            bodies[name].append(line)
-    return bodies, entry
+def communications(program: Program, operation: Operation) -> list[tuple[str, str, str]]:
+    """-> (kind, shape of the result, line) of each collective that the operation begins. XLA for TPU puts them into fusions: an
+    all-reduce with the slice of it that a device keeps, which is a reduce-scatter; or one collective in several fusions, of
+    which the first starts it."""
+    kind = operation.kind.removesuffix("-start")
+    if kind in KINDS:
+        return [(kind, operation.shape, operation.line)]
+    if operation.kind != "fusion":
+        return []
+    inner = [o for name in operation.called for o in program.computations.get(name, {}).values()]
+    starts = any('"AsyncCollectiveStart"' in o.line for o in inner)
+    found = []
+    for o in inner:
+        if o.kind not in KINDS or ("chain_id=" in o.line and not starts):
+            continue
+        scatters = o.kind == "all-reduce" and any(p.kind == "dynamic-slice" and o.name in p.operands for p in inner)
+        found.append(("reduce-scatter", operation.shape, o.line) if scatters else (o.kind, o.shape, o.line))
+    return found
 
 
 def groups_of(line: str, devices: int) -> np.ndarray:
@@ -108,18 +100,12 @@ def axes_of(groups: np.ndarray, mesh) -> tuple[str, ...]:
     return tuple(axis for axis, yes in zip(mesh.shape, differs, strict=True) if yes)
 
 
-def size_of(shape: str) -> int:
-    """Bytes of "f32[8,128]{1,0}" or a tuple of such."""
-    return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
-               for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape) if kind in BYTES)
-
-
 def plain(shape: str) -> str:
     return re.sub(r"\{[^}]*\}", "", shape)
 
 
 def sent(kind: str, shape: str, groups: np.ndarray) -> int:
-    members, size = groups.shape[-1], size_of(shape)
+    members, size = groups.shape[-1], bytes_of(shape)
     share = {"all-gather": (members - 1) / members, "reduce-scatter": members - 1, "all-reduce": 2 * (members - 1) / members,
              "all-to-all": (members - 1) / members, "ragged-all-to-all": 1, "collective-permute": 1}[kind]
     return round(size * share)

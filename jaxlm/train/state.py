@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.models.parameter import ParamSpec, spec_of
 from jaxlm.models.transformer import FAMILIES
-from jaxlm.parallel.rules import constrain, replicated, rules_of_parameters, sharding_of
+from jaxlm.parallel.rules import constrain, fit, rules_of_parameters, sharding_of, spec_of_axes
 
 
 class Model(NamedTuple):
@@ -93,19 +94,27 @@ def parameter_shardings(mesh, model: Model, zero_stage: int):
 
 
 def state_shardings(mesh, model: Model, abstract_state, zero_stage: int = 3):
-    """A sharding per leaf: parameters by their axes, and every other leaf shaped like one of them (moments, averages) too,
-    cut up over fsdp also where ZeRO-1 repeats the parameters; the rest (counters, factored moments) replicated."""
-    specs, whole = flatten_paths(model.specs), rules_of_parameters(zero_stage)
+    """A sharding per leaf, see `spec_of_leaf`."""
+    specs = flatten_paths(model.specs)
 
     def shard(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rules = (whole,) if name.startswith("params/") else ()
-        for known, spec in specs.items():
-            if name.endswith("/" + known) and leaf.shape == spec.shape:
-                return sharding_of(mesh, spec.axes, spec.shape, *rules)
-        return replicated(mesh)
+        return NamedSharding(mesh, spec_of_leaf(mesh, specs, name, leaf.shape, zero_stage))
 
     return jax.tree_util.tree_map_with_path(shard, abstract_state)
+
+
+def spec_of_leaf(mesh, specs: dict, name: str, shape: tuple, zero_stage: int) -> PartitionSpec:
+    """How a leaf of the state lies: parameters by their axes, and every other leaf shaped like one of them (moments, averages)
+    too, cut up over fsdp also where ZeRO-1 repeats the parameters; the rest (counters, factored moments) replicated.
+
+    mesh: whatever has the sizes of its axes as `.shape`. specs: {path: ParamSpec}; name: "params/embedding", ...
+    """
+    rules = rules_of_parameters(zero_stage if name.startswith("params/") else 3)
+    for known, spec in specs.items():
+        if name.endswith("/" + known) and shape == spec.shape:
+            return fit(spec_of_axes(spec.axes, rules), shape, mesh)
+    return PartitionSpec()
 
 
 def lay_out(model: Model, tree):

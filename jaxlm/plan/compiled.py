@@ -1,0 +1,67 @@
+"""What the compiler of the hardware makes of the run's own step: memory, traffic, and an executable that a run can start from."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.errors import UserError
+from jaxlm.plan.collectives import collectives_of, summary
+from jaxlm.plan.facts import flops, memory
+from jaxlm.plan.hlo import Program as Hlo
+from jaxlm.train.program import Program
+
+
+class Compiled(NamedTuple):
+    """All of one device, a step."""
+
+    peak_bytes: int  # arguments and temporaries at the worst moment
+    argument_bytes: int
+    flops: float  # of matrix products and kernels, what rematerialisation does again included
+    product_bytes: int  # read and written by those
+    other_bytes: int  # by everything else
+    network: dict[str, int]  # {"all-gather fsdp": bytes sent, ...}
+    compile_seconds: float
+    executable: Any = None
+
+
+class OutOfMemory(Exception):
+    """The compiler refused. needed: bytes on one device, as it says; limit: what there is."""
+
+    def __init__(self, needed: float, limit: float):
+        super().__init__(f"needs {needed / 2**30:.2f} of {limit / 2**30:.2f} GiB")
+        self.needed, self.limit = needed, limit
+
+
+def compile_step(program: Program) -> Compiled:
+    """Raises OutOfMemory where the step does not fit the hardware."""
+    try:
+        executable, seconds = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error)) or re.search(
+            r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if not found:
+            raise UserError(f"the compiler is out of memory: {str(error).splitlines()[0][:200]}") from error
+        # What it names are the temporaries; the state lies beside them.
+        state = sum(bytes_on_device(a) for a in jax.tree.leaves(program.state))
+        raise OutOfMemory(float(found[1]) * 2**30 + state, float(found[2]) * 2**30) from error
+    m, hlo = memory(executable), Hlo(executable.as_text())
+    product_bytes = other_bytes = 0
+    for computation, operation, times, _ in hlo.walk():
+        moved = hlo.moved(computation, operation) * times
+        if hlo.has_product(operation):
+            product_bytes += moved
+        else:
+            other_bytes += moved
+    sent = {name: line["bytes"] for name, line in summary(collectives_of(hlo, program.mesh)).items()}
+    on_cpu = program.mesh.devices.flat[0].platform == "cpu"
+    peak = m.arguments + m.results - m.aliased + m.temporary if on_cpu else m.peak
+    jaxpr = jax.make_jaxpr(program.train_step)(*program.inputs)
+    return Compiled(peak, m.arguments, flops(jaxpr) / program.mesh.size, product_bytes, other_bytes, sent, seconds, executable)
+
+
+def bytes_on_device(a) -> int:
+    return math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize

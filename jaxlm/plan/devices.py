@@ -1,0 +1,75 @@
+"""The devices that a plan is for, which need not be there: TPU slices as libtpu describes them, fake CPU devices, GPUs by name."""
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+from jaxlm.errors import UserError
+from jaxlm.plan.hardware import CHIPS, Chip, chip_of, parse_topology
+from jaxlm.registry import did_you_mean
+
+SIZES = {"v4": (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), "v5p": (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+         "v5e": (1, 4, 8, 16, 32, 64, 128, 256), "v6e": (1, 4, 8, 16, 32, 64, 128, 256)}
+
+
+class Target(NamedTuple):
+    name: str  # "v5p:4x4x4", "h200x8", "8 x cpu"
+    chip: Chip | None  # None: its speed and memory are not known
+    count: int
+    slices: int
+    devices: list | None  # to compile for; None where no compiler is at hand
+    missing: str  # then: what would bring one
+
+
+def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
+    """topology: "v5p:4x4x4", "v5p-128", "h200x8"; empty for this machine's own devices. devices: so many of them.
+
+    Raises UserError: unknown, with those that are near.
+    """
+    if not topology:
+        import jax
+
+        found = jax.devices()
+        if devices > len(found):
+            raise UserError(f"--devices={devices}: this machine has {len(found)}; give --topology for others")
+        found = found[: devices or len(found)]
+        kind = found[0].device_kind
+        return Target(f"{len(found)} x {kind}", chip_of(kind), len(found), 1, found, "")
+    if match := re.fullmatch(r"([a-z]+\d+[a-z0-9-]*)x(\d+)", topology):
+        chip = next((chip for chip in CHIPS if chip.name == match[1] and chip.node), None)
+        if chip and int(match[2]) > 0:
+            return Target(topology, chip, int(match[2]) * slices, slices, None,
+                          "GPUs are planned by the model of jaxlm.plan.estimate; nothing is compiled for them")
+    try:
+        name, shape = parse_topology(topology)
+        chip = next(chip for chip in CHIPS if chip.name == name and chip.torus)
+    except (ValueError, StopIteration):
+        known = [f"{name}-{size}" for name, sizes in SIZES.items() for size in sizes]
+        known += [f"{chip.name}x{n}" for chip in CHIPS if chip.node for n in (1, 8, 64)]
+        raise UserError(f"--topology={topology}: unknown; {did_you_mean(topology, known)}, or a shape such as v5p:4x4x4") from None
+    count = slices
+    for side in shape.split("x"):
+        count *= int(side)
+    if importlib.util.find_spec("libtpu") is None:
+        return Target(f"{name}:{shape}", chip, count, slices, None, "libtpu, TPU's compiler, is not installed: pip install "
+                      "'jaxlm[tpu-plan]'; these figures are of the model of jaxlm.plan.estimate")
+    return Target(f"{name}:{shape}" + (f" x {slices}" if slices > 1 else ""), chip, count, slices,
+                  tpu_devices(name, shape, slices), "")
+
+
+def tpu_devices(name: str, shape: str, slices: int) -> list:
+    """As libtpu describes them. It takes a lock and asks a cloud's metadata, unless told not to."""
+    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(variable, "1")
+    import jax
+    from jax.experimental import topologies
+
+    if name in ("v4", "v5p") and shape.count("x") == 1:
+        shape += "x1"
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # as it runs: the two cores of a chip are one device
+    options |= {"num_slices": slices} if slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **options).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise UserError(f"--topology={name}:{shape}: libtpu refuses it: {str(error).splitlines()[0][:200]}") from error
