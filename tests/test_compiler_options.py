@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 from test_transformer import tiny
 
@@ -12,6 +13,13 @@ from jaxlm.parallel.compiler_options import compiler_options, parse_options
 
 H200, V6E = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200"), SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+
+@pytest.fixture(autouse=True)
+def compiler_of_this_machine(monkeypatch):
+    """Knows all of XLA's own options, those of GPUs too."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    monkeypatch.setattr("jaxlm.parallel.compiler_options.SingleDeviceSharding", lambda device: here)
 
 
 def options(device, devices=1, given="", deterministic=False, **model):

@@ -4,19 +4,14 @@ import resource
 import sys
 import time
 
-# Dense bf16 peak, FLOP/s per device, from the vendors' data sheets (never the sparse figure).
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-}  # fmt: skip
+from jaxlm.plan.hardware import chip_of
 
 
 def peak_flops(device_kind: str, quantization: str = "none") -> float | None:
-    """In bfloat16. None for a device that is not in the table, and where products are in 8 bits, whose peak is another: never
-    a guess."""
-    return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS and quantization == "none" else None
+    """FLOP/s of one device in bfloat16. None for a device that is not in the table, and where products are in 8 bits, whose
+    peak is another: never a guess."""
+    chip = chip_of(device_kind)
+    return chip.peak_flops if chip and quantization == "none" else None
 
 
 def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:

@@ -1,42 +1,30 @@
-"""`mesh=auto`: a mesh from the sizes of model, batch and devices, and the reason for it."""
+"""`mesh=auto`: the mesh that `jaxlm plan` finds the fastest of those that fit, and the reason for it."""
 
 import os
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.parallel.distributed import share
 
-SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
 
+def choose_axes(config, vocab_size: int, devices) -> tuple[dict[str, int], str]:
+    """-> ({"data": 4, ...}, why), by the model of `jaxlm.plan.estimate`; rematerialisation and accumulation are the config's."""
+    from jaxlm.plan.devices import Target
+    from jaxlm.plan.estimate import sizes_of
+    from jaxlm.plan.hardware import UNKNOWN, chip_of
+    from jaxlm.plan.search import candidates
 
-def choose_axes(config, num_parameters: int, devices) -> tuple[dict[str, int], str]:
-    """-> ({"data": 4, ...}, why). As few devices share a row as the batch allows, as few share the state as memory allows:
-    data before fsdp before context before tensor, in the order of what each costs to talk about."""
-    count, m = len(devices), config.model
-    micro = config.batch_size // config.grad_accum_steps
-    rows = max(d for d in range(1, count + 1) if count % d == 0 and micro % d == 0 and config.eval.batch_size % d == 0)
-    rest = count // rows
-    context = rest if config.seq_len % (2 * rest) == 0 else 1
-    tensor = rest // context
-    need, limit = num_parameters * bytes_per_parameter(config) / tensor, memory_limit(devices)
-    choices = [d for d in range(1, rows + 1) if rows % d == 0 and m.embed_dim % d == 0]
-    fsdp = next((d for d in choices if need / d <= SHARE_FOR_STATE * limit), choices[-1])
-    sizes = {"data": rows // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": 1, "stage": 1}
-    why = (f"parameters, gradients and optimizer state are {need / 2**30:.2f} GiB, half of a device's memory is "
-           f"{SHARE_FOR_STATE * limit / 2**30:.2f} GiB")
-    if need / fsdp > SHARE_FOR_STATE * limit:
-        why += "; more than that even when cut up: it may not fit"
-    if rest > 1:
-        why += f"; {micro} rows divide among {rows} of {count} devices, so {rest} share each"
-    return sizes, why
-
-
-def bytes_per_parameter(config) -> int:
-    """Parameter, its gradient, and Adam's two moments (other optimizers keep fewer), and the average where kept."""
-    size = lambda dtype: jnp.dtype(dtype).itemsize
-    copies = 3 if config.optimizer.ema_decay else 2
-    return copies * size(config.model.param_dtype) + 2 * size(config.optimizer.moment_dtype)
+    kind, limit = devices[0].device_kind, memory_limit(devices)
+    chip = chip_of(kind)
+    target = Target(f"{len(devices)} x {kind}", chip or UNKNOWN, len(devices), 1, None, limit, "")
+    found = candidates(config, target, sizes_of(config, vocab_size), (config.model.remat,), (config.grad_accum_steps,), True)
+    fitting = [c for c in found if c.fits]
+    best = fitting[0] if fitting else min(found, key=lambda c: c.peak)
+    room = f"{best.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB a device"
+    if not fitting:
+        return best.axes, f"of {len(found)} meshes none fits by the estimate; this one needs least, {room}: it may not fit"
+    speeds = "" if chip else ", going by an H100's speeds"
+    return best.axes, f"the fastest by the estimate{speeds} of {len(fitting)} meshes that fit, {room}"
 
 
 def memory_limit(devices) -> float:

@@ -7,7 +7,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.pipeline import microbatches
 from jaxlm.parallel.rules import BATCH
 
@@ -15,14 +14,14 @@ AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 SLOW = ("data", "fsdp", "stage")  # axes that may reach over the slow network between slices or nodes
 
 
-def build_mesh(config, num_parameters: int = 0, devices=None) -> Mesh:
+def build_mesh(config, devices=None, sizes: dict | None = None) -> Mesh:
     """The mesh of `config.mesh`, its axes in the order AXES, all `AxisType.Auto`.
 
-    num_parameters: of the model, for `mesh.auto`. With a `dcn_` factor the outer part of that axis goes over slices (TPU) or
-    processes. Raises UserError with everything that does not fit, each with the nearest values that do.
+    sizes: of the axes, in place of the config's (`automatic.choose_axes`). With a `dcn_` factor the outer part of that axis goes
+    over slices (TPU) or processes. Raises UserError with everything that does not fit, each with the nearest values that do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = choose_axes(config, num_parameters, devices)[0] if config.mesh.auto else axis_sizes(config, len(devices))
+    sizes = sizes or axis_sizes(config, len(devices))
     if problems := mesh_problems(config, sizes, len(devices)):
         raise UserError(*problems)
     slow = {axis: getattr(config.mesh, f"dcn_{axis}") if axis in SLOW else 1 for axis in AXES}

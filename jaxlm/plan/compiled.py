@@ -23,6 +23,7 @@ class Compiled(NamedTuple):
     other_bytes: int  # by everything else
     network: dict[str, int]  # {"all-gather fsdp": bytes sent, ...}
     compile_seconds: float
+    program: Any = None  # jaxlm.train.program.Program, and what was made of it: None where only the facts were kept
     executable: Any = None
 
 
@@ -59,8 +60,8 @@ def compile_step(program: Program) -> Compiled:
     sent = {name: line["bytes"] for name, line in summary(collectives_of(hlo, program.mesh)).items()}
     on_cpu = program.mesh.devices.flat[0].platform == "cpu"
     peak = m.arguments + m.results - m.aliased + m.temporary if on_cpu else m.peak
-    jaxpr = jax.make_jaxpr(program.train_step)(*program.inputs)
-    return Compiled(peak, m.arguments, flops(jaxpr) / program.mesh.size, product_bytes, other_bytes, sent, seconds, executable)
+    work = flops(program.jaxpr()) / program.mesh.size
+    return Compiled(peak, m.arguments, work, product_bytes, other_bytes, sent, seconds, program, executable)
 
 
 def bytes_on_device(a) -> int:

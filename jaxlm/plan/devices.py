@@ -1,4 +1,4 @@
-"""The devices that a plan is for, which need not be there: TPU slices as libtpu describes them, fake CPU devices, GPUs by name."""
+"""The devices that a plan is for, which need not be there: TPU slices as libtpu describes them, CPU devices, GPUs by name."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.automatic import memory_limit_here
 from jaxlm.plan.hardware import CHIPS, Chip, chip_of, parse_topology
 from jaxlm.registry import did_you_mean
 
@@ -19,6 +20,7 @@ class Target(NamedTuple):
     count: int
     slices: int
     devices: list | None  # to compile for; None where no compiler is at hand
+    limit: float | None  # bytes of memory that a program can use on one device; None: not known
     missing: str  # then: what would bring one
 
 
@@ -35,11 +37,13 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
             raise UserError(f"--devices={devices}: this machine has {len(found)}; give --topology for others")
         found = found[: devices or len(found)]
         kind = found[0].device_kind
-        return Target(f"{len(found)} x {kind}", chip_of(kind), len(found), 1, found, "")
+        chip = chip_of(kind)
+        limit = chip.memory_bytes if chip else memory_limit_here(found)
+        return Target(f"{len(found)} x {kind}", chip, len(found), 1, found, limit, "")
     if match := re.fullmatch(r"([a-z]+\d+[a-z0-9-]*)x(\d+)", topology):
         chip = next((chip for chip in CHIPS if chip.name == match[1] and chip.node), None)
         if chip and int(match[2]) > 0:
-            return Target(topology, chip, int(match[2]) * slices, slices, None,
+            return Target(topology, chip, int(match[2]) * slices, slices, None, chip.memory_bytes,
                           "GPUs are planned by the model of jaxlm.plan.estimate; nothing is compiled for them")
     try:
         name, shape = parse_topology(topology)
@@ -47,15 +51,17 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
     except (ValueError, StopIteration):
         known = [f"{name}-{size}" for name, sizes in SIZES.items() for size in sizes]
         known += [f"{chip.name}x{n}" for chip in CHIPS if chip.node for n in (1, 8, 64)]
-        raise UserError(f"--topology={topology}: unknown; {did_you_mean(topology, known)}, or a shape such as v5p:4x4x4") from None
+        raise UserError(f"--topology={topology}: unknown; {did_you_mean(topology, known)}, or a shape such as "
+                        "v5p:4x4x4") from None
     count = slices
     for side in shape.split("x"):
         count *= int(side)
     if importlib.util.find_spec("libtpu") is None:
-        return Target(f"{name}:{shape}", chip, count, slices, None, "libtpu, TPU's compiler, is not installed: pip install "
-                      "'jaxlm[tpu-plan]'; these figures are of the model of jaxlm.plan.estimate")
+        return Target(f"{name}:{shape}", chip, count, slices, None, chip.memory_bytes,
+                      "libtpu, TPU's compiler, is not installed: pip install 'jaxlm[tpu-plan]'; these figures are of "
+                      "jaxlm.plan.estimate")
     return Target(f"{name}:{shape}" + (f" x {slices}" if slices > 1 else ""), chip, count, slices,
-                  tpu_devices(name, shape, slices), "")
+                  tpu_devices(name, shape, slices), chip.memory_bytes, "")
 
 
 def tpu_devices(name: str, shape: str, slices: int) -> list:

@@ -44,6 +44,7 @@ class Estimate(NamedTuple):
     product_bytes: float  # of these, by matrix products
     network: dict[str, float]  # {"all-gather fsdp": bytes sent, ...}
     network_seconds: float
+    host_bytes: float  # sent to the host's memory and back
 
     @property
     def peak(self) -> float:
@@ -60,7 +61,8 @@ def estimate(config, sizes: Sizes, axes: dict[str, int], chip: Chip | None, slic
     seconds = network_seconds(config, network, axes, chip, slices) if chip else 0.0
     flops, model_flops = work(config, d, sizes)
     product_bytes, other_bytes = moved(config, d, sizes, axes, memory)
-    return Estimate(memory, flops / devices, model_flops / devices, product_bytes + other_bytes, product_bytes, network, seconds)
+    return Estimate(memory, flops / devices, model_flops / devices, product_bytes + other_bytes, product_bytes, network, seconds,
+                    offloaded(config, d))
 
 
 class Dimensions:
@@ -97,7 +99,8 @@ def kept(remat: str) -> tuple[list[str], list[str]]:
     if remat == "none":
         return [*DOTS, KERNEL], []
     parts = [part for part in POLICIES.get(remat, remat).split(",") if part]
-    return [p for p in parts if not p.startswith("offload:")], [p.removeprefix("offload:") for p in parts if p.startswith("offload:")]
+    host = [part.removeprefix("offload:") for part in parts if part.startswith("offload:")]
+    return [part for part in parts if not part.startswith("offload:")], host
 
 
 # ---- Memory -----------------------------------------------------------------------------------------------------------------
@@ -107,10 +110,14 @@ def state_memory(config, sizes: Sizes, axes) -> dict[str, float]:
     mesh, totals = SimpleNamespace(shape=axes), {"parameters": 0.0, "optimizer": 0.0, "average": 0.0}
     for path, (shape, itemsize) in sizes.leaves.items():
         spec = spec_of_leaf(mesh, sizes.specs, path, shape, config.mesh.zero_stage)
-        parts = math.prod(axes[name] for names in spec if names for name in np.atleast_1d(names))
-        part = {"params": "parameters", "opt_state": "optimizer", "ema": "average"}.get(path.partition("/")[0], "optimizer")
-        totals[part] += math.prod(shape) / parts * itemsize
+        part = {"params": "parameters", "ema": "average"}.get(path.partition("/")[0], "optimizer")
+        totals[part] += math.prod(shape) / cuts(spec, axes) * itemsize
     return {part: size for part, size in totals.items() if size}
+
+
+def cuts(spec, axes) -> int:
+    """Parts that a PartitionSpec cuts an array into."""
+    return math.prod(axes[name] for names in spec if names for name in np.atleast_1d(names))
 
 
 def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) -> float:
@@ -118,8 +125,7 @@ def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) 
     mesh, total = SimpleNamespace(shape={**axes, "fsdp": 1} if whole else axes), 0.0
     for path, spec in sizes.specs.items():
         if only(path):
-            spec_ = spec_of_leaf(mesh, sizes.specs, "opt/" + path, spec.shape, 3)
-            total += math.prod(spec.shape) / math.prod(mesh.shape[name] for names in spec_ if names for name in np.atleast_1d(names))
+            total += math.prod(spec.shape) / cuts(spec_of_leaf(mesh, sizes.specs, "opt/" + path, spec.shape, 3), mesh.shape)
     return total
 
 
@@ -131,7 +137,6 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes) -> dict[str, float]:
     """What a step adds to the state, at the worse of two moments: in the loss, when all layers' activations are kept and the
     logits are there; in the backward pass of a layer, with the gradients of those behind it."""
     m, c = config.model, d.compute
-    param = np.dtype(m.param_dtype).itemsize
     widths = d.widths()
     on_device, _ = kept(m.remat)
     per_token = d.D / d.tensor + sum(widths.get(name, 0) for name in on_device)
@@ -159,6 +164,12 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes) -> dict[str, float]:
     if worst == in_layer:
         return {"activations": saved, "gradients": gradients, "temporaries": working}
     return {"gradients": gradients, "temporaries": table}
+
+
+def offloaded(config, d: Dimensions) -> float:
+    """Bytes that go to the host's memory in the forward pass, and come back in the backward pass."""
+    widths = d.widths()
+    return 2 * d.layers * d.accum * d.tokens * sum(widths.get(name, 0) for name in kept(config.model.remat)[1]) * d.compute
 
 
 # ---- Work -------------------------------------------------------------------------------------------------------------------

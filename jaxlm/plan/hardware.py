@@ -18,6 +18,7 @@ class Chip(NamedTuple):
     memory_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s one way: of a TPU along one dimension of its torus, of a GPU over NVLink
     slow_bandwidth: float  # bytes/s of one device to others out of its slice or node
+    host_bandwidth: float  # bytes/s between one device and the host's memory
     torus: int = 0  # dimensions of a TPU's torus
     node: int = 0  # GPUs that NVLink joins
     # Share of the peak that large matrix products reach. Measured for H100 and H200 (790 of 989 TFLOP/s on random numbers); of
@@ -27,18 +28,19 @@ class Chip(NamedTuple):
 
 # Memory of TPUs: what their compiler gives a program ("exceeds available HBM"), a little less than is on the chip.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 30.5 * GIB, 1.2e12, 2 * 45e9, 3e9, torus=3, matmul_share=0.85),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 2 * 45e9, 3e9, torus=2, matmul_share=0.85),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 2 * 90e9, 6e9, torus=3, matmul_share=0.85),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640e9, 2 * 90e9, 12e9, torus=2, matmul_share=0.75),
-    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 0.92 * 80e9, 2039e9, 300e9, 25e9, node=8),
-    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 0.92 * 40e9, 1555e9, 300e9, 25e9, node=8),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 0.92 * 80e9, 3350e9, 450e9, 50e9, node=8),
-    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 0.92 * 80e9, 2000e9, 64e9, 50e9, node=8),
-    Chip("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 0.92 * 94e9, 3900e9, 300e9, 50e9, node=2),
-    Chip("h200", ("NVIDIA H200",), 989e12, 0.92 * 141e9, 4800e9, 450e9, 50e9, node=8),
-    Chip("b200", ("NVIDIA B200",), 2250e12, 0.92 * 180e9, 7700e9, 900e9, 50e9, node=8),
+    Chip("v4", ("TPU v4",), 275e12, 30.5 * GIB, 1.2e12, 2 * 45e9, 3e9, 15e9, torus=3, matmul_share=0.85),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 2 * 45e9, 3e9, 15e9, torus=2, matmul_share=0.85),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 2 * 90e9, 6e9, 15e9, torus=3, matmul_share=0.85),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640e9, 2 * 90e9, 12e9, 15e9, torus=2, matmul_share=0.75),
+    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 0.92 * 80e9, 2039e9, 300e9, 25e9, 25e9, node=8),
+    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 0.92 * 40e9, 1555e9, 300e9, 25e9, 25e9, node=8),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 0.92 * 80e9, 3350e9, 450e9, 50e9, 50e9, node=8),
+    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 0.92 * 80e9, 2000e9, 64e9, 50e9, 50e9, node=8),
+    Chip("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 0.92 * 94e9, 3900e9, 300e9, 50e9, 50e9, node=2),
+    Chip("h200", ("NVIDIA H200",), 989e12, 0.92 * 141e9, 4800e9, 450e9, 50e9, 50e9, node=8),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 0.92 * 180e9, 7700e9, 900e9, 50e9, 50e9, node=8),
 )
+UNKNOWN = next(chip for chip in CHIPS if chip.name == "h100")  # to compare layouts by, where the device is not in the table
 
 
 def chip_of(device_kind: str) -> Chip | None:

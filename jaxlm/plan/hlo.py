@@ -1,6 +1,7 @@
 """Optimised HLO, `compiled.as_text()`, as a list of operations, each with how often a step runs it and how many bytes of the
 device's memory it moves."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -112,11 +113,8 @@ def parse(line: str) -> Operation | None:
     match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][a-z\-]*)\((.*)", line)
     if not match:
         return None
-    depth, end = 1, 0
-    for end, letter in enumerate(match[4]):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            break
+    depth = list(itertools.accumulate(((letter == "(") - (letter == ")") for letter in match[4]), initial=1))
+    end = depth.index(0) if 0 in depth else len(match[4])
     return Operation(match[1], match[3], match[2], tuple(re.findall(r"%([\w.\-]+)", match[4][:end])), line)
 
 

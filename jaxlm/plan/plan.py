@@ -74,7 +74,7 @@ def plan(config, target: Target, sizes: Sizes, compiles: bool = True, cache: str
     compiled = refused = None
     if compiles and target.devices is not None:
         compiled, refused = ask_compiler(config, target, sizes, cache, keep)
-    limit = refused.limit if refused else memory_limit(target)
+    limit = refused.limit if refused else target.limit
     return Plan(config, target, axes, guess, compiled, refused, limit, time_of(config, target, axes, guess, compiled))
 
 
@@ -83,16 +83,10 @@ def time_of(config, target: Target, axes, guess: Estimate, compiled: Compiled | 
         return None
     if compiled:
         seconds = network_seconds(config, compiled.network, axes, target.chip, target.slices)
-        return roofline(target.chip, compiled.flops, compiled.product_bytes, compiled.other_bytes, seconds)
-    return roofline(target.chip, guess.flops, guess.product_bytes, guess.bytes - guess.product_bytes, guess.network_seconds)
-
-
-def memory_limit(target: Target) -> float | None:
-    if target.chip:
-        return target.chip.memory_bytes
-    from jaxlm.parallel.automatic import memory_limit_here
-
-    return memory_limit_here(target.devices) if target.devices else None
+        return roofline(target.chip, compiled.flops, compiled.product_bytes, compiled.other_bytes, seconds,
+                        guess.host_bytes)
+    return roofline(target.chip, guess.flops, guess.product_bytes, guess.bytes - guess.product_bytes,
+                    guess.network_seconds, guess.host_bytes)
 
 
 # ---- The compiler, and what it said before ----------------------------------------------------------------------------------
@@ -149,7 +143,7 @@ def what_would_fit(config, target: Target, sizes: Sizes) -> str:
         axes = axis_sizes(c, count)
         if not min(axes.values()) or mesh_problems(c, axes, count):
             return False
-        return estimate(c, sizes, axes, target.chip, target.slices).peak <= MARGIN * memory_limit(target)
+        return estimate(c, sizes, axes, target.chip, target.slices).peak <= MARGIN * target.limit
 
     advice = []
     for factor in (2**i for i in range(1, 11)):
@@ -165,7 +159,7 @@ def what_would_fit(config, target: Target, sizes: Sizes) -> str:
     if n := next((n for n in batches if fits(target.count, batch_size=n, grad_accum_steps=1)), None):
         advice.append(f"batch_size={n}")
     if not advice:
-        return "nothing up to 1,024 times as many devices would hold it with model.remat=full; make model.* smaller or cut it up over mesh.tensor"
+        return "not even 1,024 times as many devices would hold it with model.remat=full: cut it up over mesh.tensor"
     return "with model.remat=full and mesh.fsdp over all devices, these would hold it by the estimate: " + "; or ".join(advice)
 
 

@@ -1,5 +1,5 @@
-"""Which mesh, rematerialisation and accumulation: all that fit by the estimate, in the order of their estimated speed, the best few
-compiled. The batch stays as it is: another would be another experiment."""
+"""Which mesh, rematerialisation and accumulation: all that fit by the estimate, in the order of their estimated speed, the best
+few compiled. The batch stays as it is: another would be another experiment."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from jaxlm.models.remat import POLICIES
 from jaxlm.parallel.mesh import mesh_problems
 from jaxlm.plan.devices import Target
 from jaxlm.plan.estimate import Sizes, estimate
-from jaxlm.plan.plan import MARGIN, Plan, memory_limit, plan, time_of
+from jaxlm.plan.plan import MARGIN, Plan, plan, time_of
 
 REMATS = ("none", "minimal", "save_dots", "save_attention", "offload", "full")  # from fast to frugal
 COMPILED = 4  # candidates compiled
@@ -20,9 +20,9 @@ class Candidate(NamedTuple):
     axes: dict[str, int]
     remat: str
     accum: int
-    peak: float
+    fits: bool
+    peak: float  # bytes of one device, by the estimate
     seconds: float  # a step, by the estimate
-    limited_by: str
 
     def config(self, config):
         """`config` with this layout."""
@@ -49,24 +49,26 @@ def meshes(config, count: int) -> Iterator[dict[str, int]]:
             for expert in (e for e in experts if count // stage // tensor // context % e == 0):
                 rows = count // stage // tensor // context // expert
                 for fsdp in divisors(rows):
-                    yield {"data": rows // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert, "stage": stage}
+                    yield {"data": rows // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert,
+                           "stage": stage}
 
 
-def candidates(config, target: Target, sizes: Sizes, remats=REMATS, accumulations=None) -> list[Candidate]:
-    """Those that fit by the estimate, the fastest first; of two as fast, the one that holds less."""
+def candidates(config, target: Target, sizes: Sizes, remats=REMATS, accumulations=None, all_too=False) -> list[Candidate]:
+    """Those that fit by the estimate, the fastest first; of two as fast, the one that holds less. all_too: those too that do not
+    fit."""
     found = []
-    limit = memory_limit(target)
     for axes in meshes(config, target.count):
         for accum in accumulations or [a for a in divisors(config.batch_size) if a <= 64]:
-            trial = Candidate(axes, "full", accum, 0, 0, "").config(config)
+            trial = Candidate(axes, "full", accum, True, 0, 0).config(config)
             if mesh_problems(trial, axes, target.count):
                 continue
             for remat in remats:
                 trial.model.remat = remat
                 guess = estimate(trial, sizes, axes, target.chip, target.slices)
-                if limit is None or guess.peak <= MARGIN * limit:
+                fits = target.limit is None or guess.peak <= MARGIN * target.limit
+                if fits or all_too:
                     line = time_of(trial, target, axes, guess, None)
-                    found.append(Candidate(axes, remat, accum, guess.peak, line.step if line else 0.0, line.limited_by if line else ""))
+                    found.append(Candidate(axes, remat, accum, fits, guess.peak, line.step if line else 0.0))
     return sorted(found, key=lambda c: (c.seconds, c.peak))
 
 
@@ -111,11 +113,6 @@ def distinct(ranked: list[Candidate]) -> Iterator[Candidate]:
 def words(c: Candidate) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in c.axes.items() if n > 1) or "one device"
     return f"{mesh}, remat {c.remat}" + (f", {c.accum} micro-batches" if c.accum > 1 else "")
-
-
-def best_mesh(config, target: Target, sizes: Sizes) -> Candidate | None:
-    """For `mesh.auto`: the fastest mesh that fits by the estimate, with the config's own rematerialisation and accumulation."""
-    return next(iter(candidates(config, target, sizes, (config.model.remat,), (config.grad_accum_steps,))), None)
 
 
 assert set(REMATS) == {"none", *POLICIES}

@@ -25,11 +25,11 @@ from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_me
 from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
 from jaxlm.parallel import target
-from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import about_processes, is_main, num_processes, process_id, share
 from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
+from jaxlm.plan.executable import load as load_executable
 from jaxlm.train.program import build_program
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
@@ -38,10 +38,10 @@ from jaxlm.train.stop import StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
-          overrides: list[str] = (), alive=lambda doing="", allowance=1: None) -> dict | None:
+          overrides: list[str] = (), alive=lambda doing="", allowance=1: None, executable: str = "") -> dict | None:
     """Train to `config.steps`. All processes of a run call it alike; process 0 writes what there is once, and returns the
     summary. overrides: those already in `config`, for `Tracked.unread`. `alive` is called at each sign of progress
-    (`Watchdog.beat`).
+    (`Watchdog.beat`). executable: a file of `jaxlm plan --save` with the compiled step; empty: compile it here.
 
     Raises UserError, Diverged, Preempted (see `jaxlm.errors`).
     """
@@ -68,6 +68,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     _ = config.observe.join_seconds, config.observe.peer_seconds, config.observe.hang_seconds
     if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
+    compiled = load_executable(executable, program) if executable else None
     share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options), "run directory")
     alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
@@ -93,7 +94,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
-    step_fn, compile_seconds = program.compile()
+    step_fn, compile_seconds = (compiled, 0.0) if compiled else program.compile()
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
     eval_step = jit(mesh, build_eval_step(model, program.objective))
 
@@ -109,9 +110,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"{config.batch_size * config.seq_len:,} tokens a step",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
-        + (f" (auto: {choose_axes(config, model.num_parameters, jax.devices())[1]})" if config.mesh.auto else ""),
+        + (f" (auto: {program.layout})" if program.layout else ""),
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
-        f"attention: {program.backend} ({program.why}); step compiled in {compile_seconds:.1f} s; "
+        f"attention: {program.backend} ({program.why}); step "
+        + (f"from {executable}; " if executable else f"compiled in {compile_seconds:.1f} s; ")
         + (f"resuming at step {start}" if start else "from scratch"),
         "embedding gradient: {} ({})".format(*choose_embedding_gradient(config, target.platform())),
         *describe_experts(config, target.platform()),

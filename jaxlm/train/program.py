@@ -15,10 +15,11 @@ from jaxlm.objectives.next_token import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel import target
+from jaxlm.parallel.automatic import choose_axes
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.mesh import build_mesh
-from jaxlm.parallel.rules import batch_sharding, replicated
+from jaxlm.parallel.rules import batch_sharding, replicated, under_mesh
 from jaxlm.train.state import Model, build_init, build_model, state_shardings
 from jaxlm.train.step import build_train_step
 
@@ -39,6 +40,7 @@ class Program(NamedTuple):
     hyper: dict  # numpy scalars
     feed: Feed  # of training batches
     compiler_options: dict  # of XLA
+    layout: str  # why this mesh, where `mesh.auto` chose it
 
     @property
     def inputs(self) -> tuple:
@@ -49,13 +51,21 @@ class Program(NamedTuple):
         hyper = {name: jax.ShapeDtypeStruct((), a.dtype, sharding=everywhere) for name, a in self.hyper.items()}
         return self.state, batch, hyper
 
-    def compile(self) -> tuple[Callable, float]:
-        """-> the executable of `train_step`, its state donated, and the seconds that tracing and compiling it took."""
-        began = time.time()
+    def lower(self) -> jax.stages.Lowered:
+        """`train_step` as the compiler is given it, its state donated."""
         with target.building_for(self.mesh.devices.flat[0]):
             step = jit(self.mesh, self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-            step = step.lower(*self.inputs).compile(compiler_options=self.compiler_options)
-        return step, time.time() - began
+            return step.lower(*self.inputs)
+
+    def jaxpr(self):
+        """Of `train_step`, all devices together."""
+        with target.building_for(self.mesh.devices.flat[0]):
+            return jax.make_jaxpr(under_mesh(self.mesh, self.train_step))(*self.inputs)
+
+    def compile(self) -> tuple[Callable, float]:
+        """-> the executable of `train_step`, and the seconds that tracing and compiling it took."""
+        began = time.time()
+        return self.lower().compile(compiler_options=self.compiler_options), time.time() - began
 
 
 def build_program(config, vocab_size: int, devices=None) -> Program:
@@ -65,7 +75,8 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
     with target.building_for(devices[0]):
         backend, why = choose_backend(config, target.platform())
         model = build_model(config, vocab_size, backend)
-        mesh = build_mesh(config, model.num_parameters, devices)
+        sizes, layout = choose_axes(config, vocab_size, devices) if config.mesh.auto else (None, "")
+        mesh = build_mesh(config, devices, sizes)
         if mesh.shape["context"] > 1:
             backend, why = config.kernels.context, "mesh.context cuts the sequence up"
         objective = build_objective(config)
@@ -79,4 +90,4 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
     hyper = {"learning_rate": np.float32(config.optimizer.learning_rate),
              "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(config.seed)}
     feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
-    return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options)
+    return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options, layout)

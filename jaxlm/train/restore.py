@@ -52,6 +52,7 @@ def open_run(workdir: str, overrides=()) -> Run:
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
     from jaxlm.parallel import target
+    from jaxlm.parallel.automatic import choose_axes
     from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
     from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
@@ -63,7 +64,8 @@ def open_run(workdir: str, overrides=()) -> Run:
     if not asked and mesh_problems(config, axis_sizes(config, count), count):
         config.mesh = default.get_config().mesh
         config.mesh.auto = True
-    mesh = build_mesh(config, model.num_parameters)
+    devices = jax.devices()
+    mesh = build_mesh(config, devices, choose_axes(config, data.vocab_size, devices)[0] if config.mesh.auto else None)
     abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
                             parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)
     directory = os.path.join(workdir, "checkpoints")
