@@ -35,8 +35,10 @@ class OutOfMemory(Exception):
         self.needed, self.limit = needed, limit
 
 
-def compile_step(program: Program) -> Compiled:
-    """Raises OutOfMemory where the step does not fit the hardware."""
+def compile_step(program: Program, attention_flops: float) -> Compiled:
+    """attention_flops: of all devices, for a fused kernel, whose own count would be of its whole grid.
+
+    Raises OutOfMemory where the step does not fit the hardware."""
     try:
         executable, seconds = program.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -60,7 +62,8 @@ def compile_step(program: Program) -> Compiled:
     sent = {name: line["bytes"] for name, line in summary(collectives_of(hlo, program.mesh)).items()}
     on_cpu = program.mesh.devices.flat[0].platform == "cpu"
     peak = m.arguments + m.results - m.aliased + m.temporary if on_cpu else m.peak
-    work = flops(program.jaxpr()) / program.mesh.size
+    fused = program.backend in ("splash", "cudnn")
+    work = (flops(program.jaxpr(), kernels=not fused) + attention_flops * fused) / program.mesh.size
     return Compiled(peak, m.arguments, work, product_bytes, other_bytes, sent, seconds, program, executable)
 
 

@@ -59,7 +59,7 @@ def estimate(config, sizes: Sizes, axes: dict[str, int], chip: Chip | None, slic
     network = traffic(config, d, sizes, axes)
     devices = math.prod(axes.values())
     seconds = network_seconds(config, network, axes, chip, slices) if chip else 0.0
-    flops, model_flops = work(config, d, sizes)
+    flops, model_flops = work(config, sizes)
     product_bytes, other_bytes = moved(config, d, sizes, axes, memory)
     return Estimate(memory, flops / devices, model_flops / devices, product_bytes + other_bytes, product_bytes, network, seconds,
                     offloaded(config, d))
@@ -182,13 +182,25 @@ def reach(config) -> float:
     return sum(pattern[i % len(pattern)] for i in range(m.num_layers))
 
 
-def work(config, d: Dimensions, sizes: Sizes, whole_squares: bool = False) -> tuple[float, float]:
-    """-> FLOPs of a step on all devices (with what is done again, without). whole_squares: attention computes what the causal
-    mask hides, as `plain` does."""
+def attention_work(config, whole_squares: bool = False) -> float:
+    """FLOPs of attention's own products in a step, on all devices: two forward, again where they are done again, and in the
+    backward pass of a fused kernel seven (FlashAttention-2 as splash does it: the scores once for dQ, once for dK and dV).
+
+    whole_squares: for `plain`, which computes what the causal mask hides, and has four in the backward pass.
+    """
+    on_device, on_host = kept(config.model.remat)
+    result_kept = config.model.remat == "none" or KERNEL in (*on_device, *on_host)
+    again = 0 if config.model.remat == "none" else 2 if not result_kept else 1 if whole_squares else 0  # `plain` needs its scores
+    products = 2 + again + (4 if whole_squares else 7)
+    tokens, width = config.batch_size * config.seq_len, config.model.num_heads * config.model.head_dim
+    return tokens * products * 2 * width * reach(config) * (1 if whole_squares else 0.5)
+
+
+def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, float]:
+    """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
     m, tokens = config.model, config.batch_size * config.seq_len
-    attention = 2 * 2 * m.num_heads * m.head_dim * reach(config) * (1 if whole_squares else 0.5)  # forward, per token
     matmul = sizes.model.num_matmul_parameters
-    model_flops = tokens * (6 * matmul + 3 * attention)
+    model_flops = tokens * (6 * matmul + 6 * m.num_heads * m.head_dim * reach(config))
     on_device, on_host = kept(m.remat)
     again = 0.0
     if m.remat != "none":
@@ -201,8 +213,7 @@ def work(config, d: Dimensions, sizes: Sizes, whole_squares: bool = False) -> tu
             # The last product of a block is not needed again: only the next block's input is made of it.
             if module != "down" and name not in (*on_device, *on_host):
                 again += 2 * math.prod(spec.shape) * spec.share
-        again += attention if KERNEL not in (*on_device, *on_host) else 0
-    return model_flops + tokens * again, model_flops
+    return tokens * (6 * matmul + again) + attention_work(config, whole_squares), model_flops
 
 
 def passes(config) -> int:

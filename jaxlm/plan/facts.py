@@ -24,9 +24,9 @@ HOST = ("callback", "debug_print", "infeed", "outfeed")  # in the names of primi
 # ---- The jaxpr --------------------------------------------------------------------------------------------------------------
 
 
-def equations(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1) -> Iterator[tuple]:
+def equations(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, kernels: bool = True) -> Iterator[tuple]:
     """-> (equation, how often all devices together run it), those inside loops, branches and kernels too. Of a branch, all sides
-    count; a `while` that does not know its trips counts once."""
+    count; a `while` that does not know its trips counts once. kernels: False leaves out what is in Pallas kernels."""
     for equation in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
         yield equation, times
         params, inside = equation.params, times
@@ -35,17 +35,20 @@ def equations(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1) -> Iterator[tuple]:
         elif equation.primitive.name == "shard_map":
             inside *= params["mesh"].size
         elif equation.primitive.name == "pallas_call":
+            if not kernels:
+                continue
             inside *= math.prod(params["grid_mapping"].grid)
         for value in params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(inner, Jaxpr | ClosedJaxpr):
-                    yield from equations(inner, inside)
+                    yield from equations(inner, inside, kernels)
 
 
-def flops(jaxpr) -> int:
+def flops(jaxpr, kernels: bool = True) -> int:
     """Of all matrix products, over all devices, what rematerialisation does again included. A grouped product counts each row
-    once, with its own kernel."""
-    return sum(times * product_flops(equation) for equation, times in equations(jaxpr) if equation.primitive.name in PRODUCTS)
+    once, with its own kernel. kernels: those in Pallas kernels too, which may skip parts of their grid that count here."""
+    return sum(times * product_flops(equation) for equation, times in equations(jaxpr, kernels=kernels)
+               if equation.primitive.name in PRODUCTS)
 
 
 def product_flops(equation) -> int:

@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import axis_sizes, mesh_problems
 from jaxlm.plan.compiled import Compiled, OutOfMemory, compile_step
 from jaxlm.plan.devices import Target
-from jaxlm.plan.estimate import Estimate, Sizes, estimate, network_seconds
+from jaxlm.plan.estimate import Estimate, Sizes, attention_work, estimate, network_seconds
 from jaxlm.plan.roofline import Roofline, roofline
 
 MARGIN = 0.95  # of the limit: an estimate above this share of it is said not to fit
@@ -101,7 +101,7 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
 
     program = build_program(config, sizes.vocab_size, target.devices)
     try:
-        compiled, refused = compile_step(program), None
+        compiled, refused = compile_step(program, attention_work(config)), None
     except OutOfMemory as error:
         compiled, refused = None, error
     if file:
