@@ -27,8 +27,8 @@ def test_the_arm_of_jaxlm_answers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch_eager", "hf_trainer"])
-@pytest.mark.parametrize("accum", [1, 2])
-def test_an_arm_trains_as_jaxlm_by_micro_batches(name, accum, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, accum", [("llama", 1), ("gpt2", 2)])
+def test_an_arm_trains_as_jaxlm_by_micro_batches(name, family, accum, tmp_path, monkeypatch):
     """Asked twice, as compare.py does: the steps of the second request go on where the first ended."""
     torch = pytest.importorskip("torch")
     if name == "hf_trainer":
@@ -37,7 +37,7 @@ def test_an_arm_trains_as_jaxlm_by_micro_batches(name, accum, tmp_path, monkeypa
     from arms import JaxlmArm, kind_of
 
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # what is compared is the loop, not the compiler
-    config = make_config("llama", False)
+    config = make_config(family, tie=family == "gpt2")
     whole = JaxlmArm("jaxlm", config, tmp_path)  # `make_config` has one micro-batch
     want = [(float(loss), float(norm)) for loss, norm in whole.train(5)]
     config.grad_accum_steps = accum
