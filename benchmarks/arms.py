@@ -1,9 +1,10 @@
 """The arms of compare.py. Each is a process of its own, so that one framework's memory and threads are not another's:
 
-    python benchmarks/arms.py ARM SIZE BATCH_SIZE FOLDER
+    python benchmarks/arms.py ARM SIZE BATCH_SIZE MICRO_BATCH FOLDER
 
 It reads one JSON object a line, such as {"do": "train", "steps": 20}, and answers each with one. The first arm, jaxlm, writes
-its initial parameters to FOLDER; the others start from them. All train on the same batches, which lie on the device.
+its initial parameters to FOLDER; the others start from them. All train on the same batches, which lie on the device (those of
+hf_trainer on the host: its loop has a loader of its own), by micro-batches of MICRO_BATCH sequences; 0: the whole batch at once.
 """
 
 import contextlib
@@ -20,13 +21,15 @@ import numpy as np
 from step_time_cpu import SIZES as CPU_SIZES
 
 TEXT = pathlib.Path(__file__).parent.parent / "jaxlm/data/shakespeare/input.txt"
-ARMS = {"gpu": ("jaxlm", "torch_cudnn", "torch_default", "hf"), "cpu": ("jaxlm", "torch_eager", "torch_compile", "hf")}
+ARMS = {"gpu": ("jaxlm", "torch_cudnn", "torch_default", "hf", "hf_trainer"),
+        "cpu": ("jaxlm", "torch_eager", "torch_compile", "hf", "hf_trainer")}
 SIZES = {"gpu": {"124M": 20, "1.2B": 10, "8B": 5}, "cpu": {"shakespeare": 20, "8x256": 4}}  # steps of a timed block
 NUM_BATCHES = 8
 
 
-def config_of(size: str, batch_size: int = 0):
-    """-> resolved jaxlm config; `batch_size` 0 is the size's own. Every arm takes its architecture and AdamW from it."""
+def config_of(size: str, batch_size: int = 0, micro_batch: int = 0):
+    """-> resolved jaxlm config; `batch_size` 0 is the size's own, `micro_batch` 0 the whole batch. Every arm takes its
+    architecture, AdamW and number of micro-batches from it."""
     from configs import default, gpt2_124m, llama3_8b, llama_1b
     from jaxlm.config import resolve
 
@@ -42,7 +45,7 @@ def config_of(size: str, batch_size: int = 0):
         c.batch_size, c.model.vocab_size = 64, 50_304  # 50,257 padded to a multiple of 128, in every arm
     elif size == "1.2B":
         c = llama_1b.get_config()
-        c.batch_size, c.model.scan_layers, c.model.remat = 4, False, "none"
+        c.batch_size, c.model.scan_layers, c.model.remat = 8, False, "none"
     else:
         c = llama3_8b.get_config()
         c.batch_size = 1
@@ -50,10 +53,10 @@ def config_of(size: str, batch_size: int = 0):
         c.model.param_dtype = c.optimizer.moment_dtype = "bfloat16"
     if size not in CPU_SIZES:
         c.optimizer.learning_rate = 1e-4  # no warm-up here: the presets' rates would drive equal runs apart in bfloat16
-    c.batch_size, c.grad_accum_steps = batch_size or c.batch_size, 1
+    c.batch_size = batch_size or c.batch_size
+    c.grad_accum_steps = c.batch_size // (micro_batch or c.batch_size)
     c.data.isolate_documents = False
     c.schedule.name, c.schedule.warmup_steps = "constant", 0
-    c.observe.compile_cache = False
     resolve(c)
     return c
 
@@ -80,42 +83,32 @@ class JaxlmArm:
         import jax
         import jax.numpy as jnp
 
-        from jaxlm.kernels.attention import choose_backend
-        from jaxlm.objectives.next_token import build_objective
         from jaxlm.observe.throughput import flops_per_token, peak_flops
-        from jaxlm.optimizers.build import build_optimizer
-        from jaxlm.optimizers.schedules import build_schedule
-        from jaxlm.parallel.compiler_options import compiler_options
-        from jaxlm.train.state import build_init, build_model, flatten_paths
-        from jaxlm.train.step import build_train_step
+        from jaxlm.parallel.rules import replicated
+        from jaxlm.train.program import build_program
+        from jaxlm.train.state import flatten_paths
 
-        platform, V = jax.default_backend(), config.model.vocab_size
-        backend, why = choose_backend(config, platform)
-        model = build_model(config, V, backend)
-        optimizer = build_optimizer(config, model.specs)
-        step = build_train_step(config, model, build_objective(config), optimizer, build_schedule(config))
-        self.state = jax.jit(build_init(config, model, optimizer))(config.seed)
+        self.program = program = build_program(config, config.model.vocab_size, jax.devices()[:1])
+        self.state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         arrays = {path: np.asarray(a) for path, a in flatten_paths(self.state["params"]).items()}
         bits = lambda a: a.view(np.uint16) if a.dtype == jnp.bfloat16 else a  # .npz has no bfloat16
         np.savez(folder / "parameters.npz", **{path: bits(a) for path, a in arrays.items()})
         ones = np.ones((config.batch_size, config.seq_len), np.int32)
         fixed = {"segment_ids": ones, "positions": np.arange(config.seq_len, dtype=np.int32) * ones,
                  "loss_mask": ones.astype(np.float32)}
-        self.batches = jax.device_put([{"tokens": t, "targets": y, **fixed} for t, y in batches_of(config)])
-        self.hyper = {"learning_rate": np.float32(config.optimizer.learning_rate),
-                      "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(0)}
+        self.batches = [program.feed.put({"tokens": t, "targets": y, **fixed}) for t, y in batches_of(config)]
+        self.hyper = jax.device_put(program.hyper, replicated(program.mesh))
         self.compiled, self.done = None, 0
-        options = compiler_options(config, jax.devices()[0], 1)
-        self.compile = lambda: jax.jit(step, donate_argnums=0).lower(self.state, self.batches[0], self.hyper).compile(options)
-        flops = flops_per_token(config, model.num_matmul_parameters)
-        kind = jax.devices()[0].device_kind
-        self.facts = {"parameters": model.num_parameters, "attention": f"{backend}: {why}", "platform": platform, "device": kind,
-                      "peak_flops": peak_flops(kind), "flops_per_token": flops[0], "flops_per_token_palm": flops[1]}
+        flops, kind = flops_per_token(config, program.model.num_matmul_parameters), jax.devices()[0].device_kind
+        self.facts = {"parameters": program.model.num_parameters, "attention": f"{program.backend}: {program.why}",
+                      "platform": jax.default_backend(), "device": kind, "peak_flops": peak_flops(kind),
+                      "flops_per_token": flops[0], "flops_per_token_palm": flops[1]}
 
     def train(self, steps):
         import jax
 
-        self.compiled = self.compiled or self.compile()
+        if self.compiled is None:
+            self.compiled, _ = self.program.compile()
         metrics = []
         for _ in range(steps):
             self.state, out = self.compiled(self.state, self.batches[self.done % NUM_BATCHES], self.hyper)
@@ -146,8 +139,8 @@ class JaxlmArm:
 
 
 class TorchArm:
-    """torch_gpt.GPT, or a model of transformers (hf; a plain loop, not its Trainer): bfloat16 autocast over float32 parameters,
-    or bfloat16 parameters, as the config has it."""
+    """torch_gpt.GPT, or a model of transformers (hf), in a plain loop: bfloat16 autocast over float32 parameters, or bfloat16
+    parameters, as the config has it."""
 
     def __init__(self, name, config, folder):
         import torch
@@ -156,8 +149,8 @@ class TorchArm:
         device = torch.device("cuda" if self.gpu else "cpu")
         torch.set_float32_matmul_precision("high")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.name, self.config, self.torch, self.done = name, config, torch, 0
-        if name == "hf":
+        self.name, self.config, self.folder, self.torch, self.done = name, config, folder, torch, 0
+        if name in ("hf", "hf_trainer"):
             from hf_gpt import from_jaxlm
             from hf_gpt import hf_of as build
         else:
@@ -176,11 +169,17 @@ class TorchArm:
             model.load_state_dict(from_jaxlm({path: as_tensor(file[path]) for path in file.files}))
         self.model = model.train()
         self.optimizer = adamw_of(config, model)
-        self.forward = model if name == "torch_eager" else torch.compile(model, fullgraph=name != "hf")
-        self.batches = [tuple(torch.from_numpy(a.astype(np.int64)).to(device) for a in batch) for batch in batches_of(config)]
         self.autocast = config.model.compute_dtype == "bfloat16"
         self.facts = {"parameters": sum(p.numel() for p in model.parameters()), "platform": "gpu" if self.gpu else "cpu",
                       "attention": "cudnn, then flash" if name == "torch_cudnn" else "default SDPA"}
+        self.prepare(device)
+
+    def prepare(self, device):
+        name, micro = self.name, self.config.batch_size // self.config.grad_accum_steps
+        self.forward = self.model if name == "torch_eager" else self.torch.compile(self.model, fullgraph=name != "hf")
+        on_device = lambda a: self.torch.from_numpy(a.astype(np.int64)).to(device)
+        self.batches = [[(on_device(tokens[i : i + micro]), on_device(targets[i : i + micro]))
+                         for i in range(0, len(tokens), micro)] for tokens, targets in batches_of(self.config)]
 
     def attention(self):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -192,14 +191,16 @@ class TorchArm:
     def train(self, steps):
         torch, metrics = self.torch, []
         for _ in range(steps):
-            tokens, targets = self.batches[self.done % NUM_BATCHES]
-            with self.attention(), torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16, enabled=self.autocast):
-                loss = self.forward(tokens, targets)
+            micros, total = self.batches[self.done % NUM_BATCHES], 0.0
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for tokens, targets in micros:
+                with self.attention(), torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16, enabled=self.autocast):
+                    loss = self.forward(tokens, targets) / len(micros)
+                loss.backward()
+                total = total + loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
             self.optimizer.step()
-            metrics.append((loss.detach(), norm))
+            metrics.append((total, norm))
             self.done += 1
         if self.gpu:
             torch.cuda.synchronize()
@@ -248,20 +249,28 @@ def matmul(arm, n, repeats):
     return {"tflops": out}
 
 
+def kind_of(name):
+    if name == "hf_trainer":
+        from hf_trainer import TrainerArm
+
+        return TrainerArm
+    return JaxlmArm if name == "jaxlm" else TorchArm
+
+
 def main():
-    name, size, batch_size, folder = sys.argv[1:]
+    name, size, batch_size, micro_batch, folder = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to the log
     from jaxlm.cli import keep_freed_memory, start_jax
 
-    config, arm = config_of(size, int(batch_size)), None
+    config, arm = config_of(size, int(batch_size), int(micro_batch)), None
     for line in sys.stdin:
         command = json.loads(line)
         do = command.pop("do")
         try:
             if do == "build":
                 start_jax(config) if name == "jaxlm" else keep_freed_memory()  # every arm has the same malloc
-                arm = (JaxlmArm if name == "jaxlm" else TorchArm)(name, config, pathlib.Path(folder))
+                arm = kind_of(name)(name, config, pathlib.Path(folder))
                 answer = arm.facts
             else:
                 answer = {"train": train, "matmul": matmul}[do](arm, **command)
