@@ -189,20 +189,26 @@ def test_a_slow_axis_changes_group_and_a_fast_one_does_not(slow):
 
 def test_auto_cuts_up_only_what_memory_asks_for():
     class Device:
-        process_index = 0
+        process_index, device_kind, platform = 0, "unheard of", "gpu"
 
         def memory_stats(self):
             return {"bytes_limit": 80 * 2**30}
 
-    devices = [Device()] * 8
-    axes = lambda parameters, **changes: choose_axes(tiny(**changes), parameters, devices)
-    assert axes(10**9)[0] == {"data": 8, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, "stage": 1}
-    assert axes(8 * 10**9)[0]["fsdp"] == 4 and "119.21 GiB" in axes(8 * 10**9)[1]
-    assert axes(10**11)[0]["fsdp"] == 8 and "may not fit" in axes(10**11)[1]
-    sizes, why = axes(10**9, batch_size=2)
-    assert (sizes["data"], sizes["context"]) == (2, 4) and "2 rows divide among 2 of 8 devices" in why
-    mesh = build_mesh(tiny(mesh__auto=True), 10**6)
-    assert mesh.size == 8
+    def axes(width, **changes):
+        changes = dict(seq_len=2048, model__num_layers=16, model__embed_dim=width, model__head_dim=128, model__mlp_dim=4 * width,
+                       model__remat="full", model__compute_dtype="bfloat16") | changes
+        return choose_axes(tiny(**changes), 32_000, [Device()] * 8)
+
+    sizes, why = axes(1024)
+    assert sizes["data"] * sizes["fsdp"] == 8
+    sizes, why = axes(4096)
+    assert sizes["fsdp"] > 1 and sizes["tensor"] == sizes["context"] == 1 and "80.00 GiB" in why and "an H100's speeds" in why
+    sizes, why = axes(65536)
+    assert sizes["fsdp"] * sizes["tensor"] == 8 and "may not fit" in why
+    sizes, why = axes(1024, batch_size=2)  # too few rows: some devices must share them
+    assert sizes["data"] * sizes["fsdp"] == 2 and sizes["context"] * sizes["tensor"] == 4
+    c = tiny(mesh__auto=True)
+    assert build_mesh(c, sizes=choose_axes(c, 48, jax.devices())[0]).size == 8
 
 
 def test_dropout_does_not_depend_on_the_mesh():

@@ -1,12 +1,9 @@
 """`jaxlm plan`: the estimate against the compiler's stored answers, the compiler's answers read rightly, and the verb."""
 
 import json
-import os
 import pathlib
-import sys
 
 import jax
-import numpy as np
 import pytest
 from plan_cases import CASES
 
@@ -14,7 +11,7 @@ from jaxlm.config import load
 from jaxlm.plan.devices import find
 from jaxlm.plan.estimate import sizes_of, work
 from jaxlm.plan.facts import flops
-from jaxlm.plan.plan import FACTS, plan
+from jaxlm.plan.plan import plan
 from jaxlm.train.program import build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans.json"

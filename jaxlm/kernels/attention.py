@@ -10,12 +10,14 @@ from jaxlm.kernels.backend import Backend, choose
 from jaxlm.kernels.matmul import einsum_float32
 from jaxlm.kernels.online_softmax import Keys, Queries, Rule, Tiles, attend_tiles
 from jaxlm.kernels.splash import splash, splash_supports
+from jaxlm.models.remat import named
 from jaxlm.parallel import target
 from jaxlm.parallel.context import attend_on_mesh
-from jaxlm.parallel.rules import on_a_mesh
+from jaxlm.parallel.rules import mesh_size, on_a_mesh
 from jaxlm.registry import Registry
 
 BACKENDS = Registry("attention backend", key="kernels.attention")
+KEEPS_ITSELF = ("splash", "cudnn")  # they name what rematerialisation keeps as "attention"; a second name is a second copy
 LONG = 2048  # above this length `blockwise` goes by tiles
 TILE = 256  # queries and keys of a tile: on 2 cores 0.7 of the time of 512, 0.4 of that of 1024
 
@@ -57,9 +59,11 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: fl
     context_method: under a mesh that cuts the sequence up, see `jaxlm.parallel.context`.
     """
     if on_a_mesh():  # training and evaluation; decoding runs without one
-        return attend_on_mesh(BACKENDS[backend].run, q_BTNH, k_BSKH, v_BSKH, window=window, softcap=softcap,
-                              segment_ids_BT=segment_ids_BT, method=context_method)
-    return BACKENDS[backend].run(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+        out_BTNH = attend_on_mesh(BACKENDS[backend].run, q_BTNH, k_BSKH, v_BSKH, window=window, softcap=softcap,
+                                  segment_ids_BT=segment_ids_BT, method=context_method)
+    else:
+        out_BTNH = BACKENDS[backend].run(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query)
+    return out_BTNH if backend in KEEPS_ITSELF and mesh_size("context") == 1 else named("attention", out_BTNH)
 
 
 def causal_mask(T: int, S: int, window: int, first_query):

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
                           context_method=context.context_method)
-        return named("attention_out", self.out(named("attention", out_BTNH))), first_value, cache
+        return named("attention_out", self.out(out_BTNH)), first_value, cache
 
 
     def project(self, x_BTD):

@@ -49,10 +49,7 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
         name, shape = parse_topology(topology)
         chip = next(chip for chip in CHIPS if chip.name == name and chip.torus)
     except (ValueError, StopIteration):
-        known = [f"{name}-{size}" for name, sizes in SIZES.items() for size in sizes]
-        known += [f"{chip.name}x{n}" for chip in CHIPS if chip.node for n in (1, 8, 64)]
-        raise UserError(f"--topology={topology}: unknown; {did_you_mean(topology, known)}, or a shape such as "
-                        "v5p:4x4x4") from None
+        raise UserError(f"--topology={topology}: unknown; {near(topology)}, or a shape such as v5p:4x4x4") from None
     count = slices
     for side in shape.split("x"):
         count *= int(side)
@@ -62,6 +59,16 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
                       "jaxlm.plan.estimate")
     return Target(f"{name}:{shape}" + (f" x {slices}" if slices > 1 else ""), chip, count, slices,
                   tpu_devices(name, shape, slices), chip.memory_bytes, "")
+
+
+def near(topology: str) -> str:
+    """The remedy half of an error line."""
+    name, _, size = topology.partition("-")
+    if name in SIZES and size.isdecimal():
+        below, above = [n for n in SIZES[name] if n < int(size)], [n for n in SIZES[name] if n > int(size)]
+        return "use " + " or ".join(f"{name}-{n}" for n in (*below[-1:], *above[:1]))
+    names = [*(f"{name}-{n}" for name, sizes in SIZES.items() for n in sizes), *(f"{c.name}x8" for c in CHIPS if c.node)]
+    return did_you_mean(topology, names)
 
 
 def tpu_devices(name: str, shape: str, slices: int) -> list:

@@ -55,7 +55,7 @@ def estimate(config, sizes: Sizes, axes: dict[str, int], chip: Chip | None, slic
     """axes: {"data": 4, ...}. chip: None where the network's speed is not known (its seconds are 0 then)."""
     d = Dimensions(config, axes, sizes.vocab_size)
     memory = state_memory(config, sizes, axes)
-    memory |= step_memory(config, d, sizes, axes)
+    memory |= step_memory(config, d, sizes, axes, chip)
     network = traffic(config, d, sizes, axes)
     devices = math.prod(axes.values())
     seconds = network_seconds(config, network, axes, chip, slices) if chip else 0.0
@@ -133,12 +133,14 @@ def in_layers(path: str) -> bool:
     return path.startswith("layers/")
 
 
-def step_memory(config, d: Dimensions, sizes: Sizes, axes) -> dict[str, float]:
+def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, float]:
     """What a step adds to the state, at the worse of two moments: in the loss, when all layers' activations are kept and the
     logits are there; in the backward pass of a layer, with the gradients of those behind it."""
     m, c = config.model, d.compute
     widths = d.widths()
     on_device, _ = kept(m.remat)
+    # A TPU keeps a kernel's result with heads filled up to its 128 lanes.
+    widths[KERNEL] *= max(1, 128 / m.head_dim) if chip and chip.torus and m.remat != "none" else 1
     per_token = d.D / d.tensor + sum(widths.get(name, 0) for name in on_device)
     if m.remat == "none":
         per_token += 2 * d.D + d.D / d.tensor + d.F  # norms' results, the residual between, the activation

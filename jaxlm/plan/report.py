@@ -54,9 +54,7 @@ def lines(p: Plan, spec: str, overrides=(), advice: str = "") -> list[str]:
                 f"{chip.memory_bandwidth / 1e9:,.0f} GB/s, links {chip.link_bandwidth / 1e9:,.0f} GB/s a ring, between "
                 f"{'slices' if chip.torus else 'nodes'} {chip.slow_bandwidth / 1e9:,.0f} GB/s: jaxlm/plan/hardware.py",
                 "ignored   " + "; ".join(IGNORES)]
-    if advice:
-        out += [f"advice    {advice}"]
-    return [*out, f"command   {command(p, spec, overrides)}"]
+    return [*out, f"command   {command(p, spec, overrides)}" if p.fits is not False else f"advice    {advice}"]
 
 
 def ranking(found: Search) -> list[str]:
