@@ -3,12 +3,17 @@
 import os
 import socket
 import tempfile
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective holds a thread of each device until all have come; with fewer threads than those at once, it may never end.
 os.environ["PJRT_NPROC"] = "256"
+# Programs this small are sooner run than optimised; those of tests/promises/test_runs.py are compiled as a user's.
+HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib").startswith("0.10."):  # its other emitter compiles twice as fast; later ones have no choice
+    HASTY += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
+    f" {HASTY} --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=300")  # 40 s are too few for 8 devices on a busy core
 CACHE = os.environ.setdefault("JAXLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"jaxlm-tests-{os.getuid()}"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE, "xla")

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from conftest import HASTY
 
 SCRIPTS = sorted(str(p) for p in pathlib.Path("launch").iterdir() if p.suffix in (".sh", ".sbatch"))
 
@@ -141,7 +142,7 @@ NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """)
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder}/bin:{os.environ['PATH']}:/usr/sbin",
-           "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+           "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY}
     munged = [find("munged"), "--foreground", "--force", f"--key-file={folder}/key", f"--socket={folder}/munge.socket",
               f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed"]
     daemons = []

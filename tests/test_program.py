@@ -37,7 +37,9 @@ WITHIN = 0.02  # of bytes, and of operations that XLA joins and splits as it lik
 
 def preset(name, *overrides, mesh=(1, 1), devices=None):
     axes = (f"mesh.data={mesh[0]}", f"mesh.fsdp={mesh[1]}")
-    config = load(f"configs/{name}.py:debug", [f"--config.{o}" for o in (*axes, *overrides)])
+    # The emitter decides what is fused; conftest.py turns it off for the others.
+    emitter = "kernels.compiler_options=xla_cpu_use_fusion_emitters=true"
+    config = load(f"configs/{name}.py:debug", [f"--config.{o}" for o in (*axes, emitter, *overrides)])
     return build_program(config, config.model.vocab_size, devices)
 
 

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import HASTY
 
 pytestmark = pytest.mark.xdist_group("hosts")  # one worker, so that the runs they compare with are made once
 STEPS = 8
@@ -26,13 +27,13 @@ FSDP, TENSOR = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """The launchers find `jaxlm` on the PATH; programs this small are sooner run than optimised."""
+    """The launchers find `jaxlm` on the PATH."""
     folder = tmp_path_factory.mktemp("bin")
     (folder / "jaxlm").write_text(f'#!/bin/sh\nexec {sys.executable} -m jaxlm.cli "$@"\n')
     (folder / "jaxlm").chmod(0o755)
     here = os.getcwd()
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": f"{here}:{here}/tests/promises",
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY,
             "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "JAXLM_GRACE": "60"}
 
 

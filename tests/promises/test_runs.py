@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import HASTY
 
 ENV = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "HTTPS_PROXY": "http://127.0.0.1:9",
        "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
@@ -157,7 +158,7 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
 
 
 def test_a_run_of_many_devices_is_read_on_one(tmp_path):
-    env = {**ENV, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**ENV, "XLA_FLAGS": f"{HASTY} --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-m", "jaxlm.cli", "train", f"--workdir={tmp_path / 'm'}", *SMALL, "--config.mesh.data=2",
                "--config.mesh.tensor=2", "--config.steps=2", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0",
                "--config.eval.batches=0", "--config.eval.batch_size=64"]
