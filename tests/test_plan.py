@@ -281,7 +281,8 @@ def test_plan_tells_its_json(no_libtpu, capsys):
 
 def test_plan_without_libtpu_says_what_is_missing(no_libtpu, capsys, tmp_path):
     page = tmp_path / "plan.html"
-    assert cli.main(["plan", "--config=configs/llama_1b.py", "--topology=v5e-16", f"--html={page}", "--config.batch_size=512"]) == 0
+    assert cli.main(["plan", "--config=configs/llama_1b.py", "--topology=v5e-16", f"--html={page}",
+                     "--config.batch_size=512"]) == 0
     out = capsys.readouterr().out
     assert "libtpu" in out and "does NOT fit" in out and "advice" in out  # 32 rows a device
     text = page.read_text()
