@@ -71,10 +71,11 @@ def interpreter_start() -> float:
 def start_jax(config=None) -> None:
     """Set JAX up for this process, and join the run's other processes; before anything touches a device."""
     from configs import default
+    from jaxlm.train import heap
 
     config = config or default.get_config()
     compile_cache = config.observe.compile_cache
-    keep_freed_memory()
+    heap.keep_freed_memory()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
@@ -89,24 +90,6 @@ def start_jax(config=None) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     command = hashlib.sha256(json.dumps([sys.argv[1:], config.to_json()]).encode()).hexdigest()[:12]
     distributed.start(config.observe.join_seconds, config.observe.peer_seconds, {"command and config": command})
-
-
-def keep_freed_memory() -> None:
-    """On a machine without accelerators: glibc keeps freed memory rather than give it back to the kernel. XLA allocates
-    the work space of a step anew each time; mapping and clearing its pages again took a quarter of a small step."""
-    import ctypes
-    import importlib.metadata
-
-    accelerators = importlib.metadata.entry_points(group="jax_plugins")
-    if accelerators and os.environ.get("JAX_PLATFORMS") != "cpu":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # not glibc
-        return
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
-    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_arena_max, 1)):
-        mallopt(option, value)
 
 
 def cache_dir() -> str:

@@ -12,9 +12,9 @@ from jaxlm.plan.facts import flops, memory
 from jaxlm.plan.hlo import Program as Hlo
 from jaxlm.train.program import Program
 
-# On a CPU the process itself counts: Python, JAX and its compiler. And the work space of a step counts twice: what an evaluation
-# or a save leaves in the heap in between keeps the C library from giving the next step the same place (measured, glibc).
-CPU_PROCESS = 0.36 * 2**30
+# On a CPU what counts is the process: Python, JAX and its compiler; and a save, which goes on beside the next steps, with a copy
+# of the state and the buffers of its writing, about as large. Measured, of runs with tens of MB to GBs of state.
+CPU_PROCESS, COPIES_OF_A_SAVE = 0.36 * 2**30, 2
 
 
 class Compiled(NamedTuple):
@@ -66,7 +66,7 @@ def compile_step(program: Program, attention_flops: float) -> Compiled:
     sent = {name: line["bytes"] for name, line in summary(collectives_of(hlo, program.mesh)).items()}
     peak = m.peak
     if program.mesh.devices.flat[0].platform == "cpu":
-        peak = CPU_PROCESS / program.mesh.size + m.arguments + m.results - m.aliased + 2 * m.temporary
+        peak = CPU_PROCESS / program.mesh.size + (1 + COPIES_OF_A_SAVE) * m.arguments + m.results - m.aliased + m.temporary
     fused = program.backend in ("splash", "cudnn")
     work = (flops(program.jaxpr(), kernels=not fused) + attention_flops * fused) / program.mesh.size
     return Compiled(peak, m.arguments, work, product_bytes, other_bytes, sent, seconds, program, executable)

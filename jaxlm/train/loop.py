@@ -30,6 +30,7 @@ from jaxlm.parallel.distributed import about_processes, is_main, num_processes, 
 from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
+from jaxlm.train import heap
 from jaxlm.train.program import build_program
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
@@ -247,6 +248,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                     if due_save or stopping:
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
+                    heap.give_back_freed_memory()
                     clock.restart(step, totals["tokens"])
                 alive()
                 if stopping and step < steps:
