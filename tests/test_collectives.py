@@ -113,3 +113,19 @@ ENTRY %main (a: f32[4]) -> f32[4] {
     assert found["collective-permute"][1:] == (("z",), "f32[4]", 3, 16, True)
     assert found["all-reduce"][1:] == (("y", "z"), "(f32[10], bf16[2])", 1, 66, False)
     assert found["reduce-scatter"][1:] == (("y",), "f32[5]", 1, 20, False)
+
+
+def test_a_collective_that_only_starts_counts_its_result():
+    """Operands first, then results, then flags; in an async one of a TPU several fusions have the same collective."""
+    text = """ENTRY %main (a: f32[8,4]) -> f32[64,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = bf16[2]{0} parameter(1)
+  %g = ((f32[8,4]{1,0}, bf16[2]{0}), (f32[64,4]{1,0}, bf16[16]{0})) all-gather-start(%a, %b), replica_groups=[1,8]<=[8], dimensions={0}
+  %p = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %r = f32[8,4]{1,0} all-reduce-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
+}"""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 8), ("data", "fsdp"))
+    found = summary(collectives_of(text, mesh))
+    assert found["all-gather fsdp"]["bytes"] == (64 * 4 * 4 + 16 * 2) * 7 / 8
+    assert found["collective-permute fsdp"]["bytes"] == 8 * 4 * 4
+    assert found["all-reduce fsdp"]["bytes"] == 2 * 8 * 4 * 4 * 7 / 8

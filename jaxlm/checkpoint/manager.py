@@ -105,6 +105,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
 
+    def is_saving(self) -> bool:
+        """A save is still being written, beside the steps."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Until all saves are on disk."""
         if self._manager is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.plan.hlo import Operation, Program, bytes_of
+from jaxlm.plan.hlo import Operation, Program, arrays, bytes_of
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -41,7 +41,7 @@ def communications(program: Program, operation: Operation) -> list[tuple[str, st
     which the first starts it."""
     kind = operation.kind.removesuffix("-start")
     if kind in KINDS:
-        return [(kind, operation.shape, operation.line)]
+        return [(kind, result_of(operation), operation.line)]
     if operation.kind != "fusion":
         return []
     inner = [o for name in operation.called for o in program.computations.get(name, {}).values()]
@@ -53,6 +53,14 @@ def communications(program: Program, operation: Operation) -> list[tuple[str, st
         scatters = o.kind == "all-reduce" and any(p.kind == "dynamic-slice" and o.name in p.operands for p in inner)
         found.append(("reduce-scatter", operation.shape, o.line) if scatters else (o.kind, o.shape, o.line))
     return found
+
+
+def result_of(operation: Operation) -> str:
+    """The shape of its results. One that only starts lists its operands first, and may list flags behind."""
+    if not operation.kind.endswith("-start") or operation.kind == "all-reduce-start":
+        return operation.shape
+    found = [(kind, dims, layout) for kind, dims, layout in arrays(operation.shape) if dims or kind != "u32"]
+    return "(" + ", ".join(f"{kind}[{dims}]{layout}" for kind, dims, layout in found[len(found) // 2 :]) + ")"
 
 
 def groups_of(line: str, devices: int) -> np.ndarray:

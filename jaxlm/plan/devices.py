@@ -43,8 +43,11 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
     if match := re.fullmatch(r"([a-z]+\d+[a-z0-9-]*)x(\d+)", topology):
         chip = next((chip for chip in CHIPS if chip.name == match[1] and chip.node), None)
         if chip and int(match[2]) > 0:
-            return Target(topology, chip, int(match[2]) * slices, slices, None, chip.memory_bytes,
-                          "GPUs are planned by the model of jaxlm.plan.estimate; nothing is compiled for them")
+            count = int(match[2]) * slices
+            devices = gpu_devices(chip, count)
+            missing = "" if devices else ("XLA's compiler for GPUs is not installed: pip install 'jaxlm[gpu-plan]' (5 GB); these "
+                                          "figures are of jaxlm.plan.estimate")
+            return Target(topology, chip, count, slices, devices, chip.memory_bytes, missing)
     try:
         name, shape = parse_topology(topology)
         chip = next(chip for chip in CHIPS if chip.name == name and chip.torus)
@@ -59,6 +62,35 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
                       "jaxlm.plan.estimate")
     return Target(f"{name}:{shape}" + (f" x {slices}" if slices > 1 else ""), chip, count, slices,
                   tpu_devices(name, shape, slices), chip.memory_bytes, "")
+
+
+# What XLA asks of a GPU: multiprocessors, shared memory of each, L2 cache, clock in GHz, compute capability. From NVIDIA's data
+# sheets and CUDA programming guide.
+GPUS = {"a100": (108, 167936, 40 * 2**20, 1.41, (8, 0)), "a100-40gb": (108, 167936, 40 * 2**20, 1.41, (8, 0)),
+        "h100": (132, 233472, 50 * 2**20, 1.98, (9, 0)), "h100-pcie": (114, 233472, 50 * 2**20, 1.755, (9, 0)),
+        "h100-nvl": (132, 233472, 50 * 2**20, 1.785, (9, 0)), "h200": (132, 233472, 50 * 2**20, 1.98, (9, 0)),
+        "b200": (148, 233472, 126 * 2**20, 1.965, (10, 0))}
+
+
+def gpu_devices(chip: Chip, count: int) -> list | None:
+    """GPUs that are not there, for XLA to compile for; None without JAX's CUDA plugin."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return None
+    from jax.experimental import topologies
+
+    cores, shared, cache, clock, (major, minor) = GPUS[chip.name]
+    description = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {round(chip.memory_bandwidth)} l2_cache_size: {cache} clock_rate_ghz: {clock}
+      device_memory_size: {round(chip.memory_bytes / 0.92)} shared_memory_per_block_optin: {shared - 1024}
+      cuda_compute_capability {{ major: {major} minor: {minor} }} registers_per_core_limit: 65536
+      registers_per_block_limit: 65536 }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{chip.kinds[0]}"
+      runtime_version {{ major: 13 }}"""
+    node = min(chip.node, count)
+    shape = f"1x{count // node}x{node}"  # partitions, hosts, GPUs of each
+    return topologies.get_topology_desc(platform="cuda", topology_name=shape, target_config=description, topology=shape).devices
 
 
 def near(topology: str) -> str:

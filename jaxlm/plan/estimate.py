@@ -150,6 +150,10 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, fl
     if d.stages > 1:  # a circular pipeline keeps each micro-batch's inputs; bubbles are garbage that is kept too
         saved *= 1 + 1 / 2
 
+    if m.param_dtype != m.compute_dtype:  # XLA casts all layers' parameters before it goes over them
+        lying = SimpleNamespace(shape={**axes, "fsdp": 1} if config.mesh.zero_stage == 1 else axes)
+        saved += c * sum(math.prod(spec.shape) / cuts(spec_of_leaf(lying, sizes.specs, "opt/" + path, spec.shape, 3), lying.shape)
+                         for path, spec in sizes.specs.items() if in_layers(path))
     gradients = shard_size(config, sizes, axes) * 4 * (2 if d.accum > 1 else 1)
     layer = shard_size(config, sizes, axes, in_layers, whole=True) / d.layers * c
     working = d.tokens * c * (5 * d.F + 2 * d.D + 2 * d.q + 2 * d.kv) + 3 * layer

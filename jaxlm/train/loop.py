@@ -223,7 +223,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             writers.write(line)
             progress.update(line)
 
-    step = start
+    step, saving = start, False
     batches = data.train.prefetched(start, feed.put, feed.rows)
     try:
         with jax.transfer_guard("disallow"):
@@ -231,6 +231,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
+                if saving:  # once more when it has ended
+                    saving = checkpoints.is_saving()
+                    heap.give_back_freed_memory()
                 state, metrics = step_fn(state, batch, hyper)
                 if pending:
                     read_back(pending)
@@ -248,7 +251,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                     if due_save or stopping:
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
-                    heap.give_back_freed_memory()
+                    saving = True
                     clock.restart(step, totals["tokens"])
                 alive()
                 if stopping and step < steps:
