@@ -120,7 +120,7 @@ def test_a_collective_that_only_starts_counts_its_result():
     text = """ENTRY %main (a: f32[8,4]) -> f32[64,4] {
   %a = f32[8,4]{1,0} parameter(0)
   %b = bf16[2]{0} parameter(1)
-  %g = ((f32[8,4]{1,0}, bf16[2]{0}), (f32[64,4]{1,0}, bf16[16]{0})) all-gather-start(%a, %b), replica_groups=[1,8]<=[8], dimensions={0}
+  %g = ((f32[8,4]{1,0}, bf16[2]{0}), (f32[64,4]{1,0}, bf16[16]{0})) all-gather-start(%a, %b), replica_groups=[1,8]<=[8]
   %p = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %r = f32[8,4]{1,0} all-reduce-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
 }"""
