@@ -159,7 +159,7 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, fl
     working = d.tokens * c * (5 * d.F + 2 * d.D + 2 * d.q + 2 * d.kv) + 3 * layer
     if d.fused:
         working += d.tokens * c * 2 * d.ups * d.F
-    if d.context > 1:  # `jaxlm.parallel.context` has no fused kernel: the scores of two chunks, and about half as much beside them
+    if d.context > 1:  # `jaxlm.parallel.context` has no fused kernel: the scores of two chunks, and half as much beside
         working += 1.5 * 4 * d.rows * m.num_heads / d.tensor * (d.T / 2) ** 2
     head = d.D * d.V
     slice_tokens = min(d.tokens, chunk_tokens(d.rows, d.T, d.V, config.kernels.loss))
