@@ -1,11 +1,14 @@
 """`jaxlm plan`: will this config fit these devices, how fast will a step be, and what limits it?"""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
 from typing import NamedTuple
+
+import jax
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import axis_sizes, mesh_problems
@@ -99,11 +102,12 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
         return (None, OutOfMemory(*stored["refused"])) if "refused" in stored else (Compiled(**stored), None)
     from jaxlm.train.program import build_program
 
-    program = build_program(config, sizes.vocab_size, target.devices)
-    try:
-        compiled, refused = compile_step(program, attention_work(config)), None
-    except OutOfMemory as error:
-        compiled, refused = None, error
+    with cache_of_programs(target.devices[0] in jax.devices()):
+        program = build_program(config, sizes.vocab_size, target.devices)
+        try:
+            compiled, refused = compile_step(program, attention_work(config)), None
+        except OutOfMemory as error:
+            compiled, refused = None, error
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         facts = {"refused": [refused.needed, refused.limit]} if refused else {name: getattr(compiled, name) for name in FACTS}
@@ -111,6 +115,17 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
         temporary.write_text(json.dumps(facts))
         temporary.replace(file)
     return compiled, refused
+
+
+@contextlib.contextmanager
+def cache_of_programs(on: bool):
+    """JAX's own cache of compiled programs, on as before, or off: it could not load one for devices that are not there."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", before and on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def key_of(config, target: Target, sizes: Sizes) -> str:
