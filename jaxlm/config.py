@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import traceback
@@ -139,11 +140,14 @@ def validate(config: ConfigDict) -> None:
               f"use embed_dim={nearest_multiple(m.embed_dim, m.num_heads)} or set model.head_dim")
         check(m.num_heads % m.num_kv_heads == 0,
               f"model.num_heads={m.num_heads} is not divisible by model.num_kv_heads={m.num_kv_heads}")
-        check(m.position != "rope" or m.head_dim % 2 == 0, f"model.head_dim={m.head_dim}: rope needs an even number")
-        check(m.num_layers % len(m.window_pattern or "G") == 0 or not m.scan_layers,
+        check(m.position != "rope" or rotated_size(m) % 2 == 0,
+              f"model.head_dim={m.head_dim}: rope needs an even number" +
+              (f", model.rope_fraction={m.rope_fraction} of it too" if m.rope_fraction != 1 else ""))
+        check(m.num_layers % layer_period(m) == 0 or not m.scan_layers,
               f"model.num_layers={m.num_layers} is not a multiple of the length of model.window_pattern="
-              f"{m.window_pattern!r}; that is needed when model.scan_layers=True")
+              f"{m.window_pattern!r} and model.rope_pattern={m.rope_pattern!r}; that is needed when model.scan_layers=True")
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
+    check(re.fullmatch("[RN]+", m.rope_pattern), f"model.rope_pattern={m.rope_pattern!r}: use letters R and N")
     check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
     if m.feedforward == "moe":
         check(m.num_experts > 0, f"model.num_experts={m.num_experts}: must be at least 1")
@@ -158,7 +162,8 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
-    choices = {"model.block": ("serial", "parallel"),
+    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both"),
+               "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
@@ -190,6 +195,16 @@ def validate(config: ConfigDict) -> None:
             problems.append(f"imports: cannot import {name!r} ({error}); put its folder on PYTHONPATH")
     if problems:
         raise UserError(*problems)
+
+
+def layer_period(m) -> int:
+    """Layers after which the kinds of layers come again."""
+    return math.lcm(len(m.window_pattern or "G"), len(m.rope_pattern or "R"))
+
+
+def rotated_size(m) -> int:
+    """Of head_dim, what rope rotates."""
+    return int(m.head_dim * m.rope_fraction)
 
 
 def nearest_multiple(value: int, factor: int) -> int:
