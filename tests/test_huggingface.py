@@ -69,3 +69,224 @@ def test_logits_are_those_of_transformers(name):
         np.testing.assert_allclose(found[row, begin:end], logits, atol=WITHIN, rtol=0, err_msg=f"row {row}, from {begin}")
     assert np.abs(wanted[0]).max() > 1
     np.testing.assert_allclose(logits_by_the_token(model, params, text_rows()[0][0]), wanted[0], atol=WITHIN, rtol=0)
+
+
+def same_tensors(one, other):
+    one, other = open_tensors(str(one)), open_tensors(str(other))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.kind, tensor.shape) == (other[name].kind, other[name].shape), name
+        assert tensor.rows(0, tensor.shape[0]).tobytes() == other[name].rows(0, tensor.shape[0]).tobytes(), name
+
+
+def exported(folder, to, *overrides, **options):
+    source, model, mesh, params = opened(folder, *overrides)
+    save(str(to), source.family, source.config, model, params, mesh, config_extras(source.values), {}, **options)
+
+
+@pytest.fixture
+def warnings_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    yield lines
+    logger.removeHandler(handler)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_trip_is_bit_equal_and_transformers_opens_it_without_a_warning(name, tmp_path, warnings_of_transformers):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, wanted = made(name)
+    exported(folder, tmp_path / "out")
+    same_tensors(folder, tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out"], "something is left beside it"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert warnings_of_transformers == []
+    with torch.no_grad():
+        logits = model(torch.from_numpy(text_rows()[0][:1]).long()).logits[0].numpy()
+    np.testing.assert_allclose(logits, wanted[0], atol=1e-6, rtol=0)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------------
+
+
+def made_copy(tmp_path, name="llama2", **fields):
+    """The folder of a model, to be spoilt, with these fields of config.json changed."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / name
+    shutil.copytree(made(name)[0], folder)
+    if fields:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | fields))
+    return folder
+
+
+def test_shards_with_an_index_and_bfloat16(tmp_path):
+    folder = made_copy(tmp_path)
+    exported(folder, tmp_path / "narrow", "--config.model.param_dtype=bfloat16", shard_bytes=20_000)
+    names = sorted(f.name for f in (tmp_path / "narrow").glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    source, *_ = opened(tmp_path / "narrow")
+    assert source.config.model.param_dtype == "bfloat16"
+    exported(tmp_path / "narrow", tmp_path / "again")
+    same_tensors(tmp_path / "narrow", tmp_path / "again")
+    (tmp_path / "narrow" / names[1]).unlink()
+    with pytest.raises(UserError, match=f"names {names[1]}, which is not there"):
+        opened(tmp_path / "narrow")
+
+
+def test_a_bin_is_read_by_its_weights_alone(tmp_path):
+    folder = made_copy(tmp_path)
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    *_, params = opened(folder)
+    np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"].numpy())
+
+    class Harm:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model.norm.weight": Harm()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="weights-only loader refuses it"):
+        opened(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_mesh_gets_its_own_shards(tmp_path):
+    folder = made_copy(tmp_path, "qwen3_moe")
+    *_, whole = opened(folder)
+    overrides = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor", "expert")]
+    *_, params = opened(folder, *overrides, devices=8)
+    for path, array in flatten_paths(params).items():
+        np.testing.assert_array_equal(array, flatten_paths(whole)[path], err_msg=path)
+    up = params["layers"]["feedforward"]["experts"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size == up.size // 8
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_named(tmp_path):
+    folder = made_copy(tmp_path)
+
+    def spoil(tensors):
+        tensors.pop("model.layers.2.mlp.up_proj.weight")
+        tensors["model.layers.9.extra"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(31, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float64)
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError) as error:
+        opened(folder)
+    said = error.value.problems
+    assert len(said) == 4
+    for name, what in (("model.layers.2.mlp.up_proj.weight", "missing"), ("model.layers.9.extra", "no such tensor"),
+                       ("model.norm.weight", r"is (31,), config.json says (32,)"), ("lm_head.weight", "type F64")):
+        assert any(line.startswith(name) and what in line for line in said), name
+
+
+@pytest.mark.parametrize("name, fields, said", [
+    ("llama2", dict(hidden_act="gelu"), "hidden_act='gelu' is not implemented; only 'silu'"),
+    ("llama2", dict(clever_new_field=3), "clever_new_field=3 is not a field"),
+    ("llama2", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("llama2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_scaling='dynamic'"),
+    ("llama2", dict(rope_parameters=dict(rope_type="linear", factor=2.0, odd=1)), "rope_scaling.odd=1"),
+    ("llama2", dict(model_type="mamba"), "unknown Hugging Face family"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\]"),
+    ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+    ("gemma2", dict(layer_types=["chunked_attention"] * 4), "layer_types=.*chunked_attention"),
+])
+def test_config_fields_that_are_not_implemented_are_refused_by_name(name, fields, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        opened(made_copy(tmp_path, name, **fields))
+
+
+def test_older_forms_of_a_checkpoint_are_read(tmp_path):
+    """rope_theta and rope_scaling of transformers 4; names of the bare model; a tied head that is stored; buffers."""
+    folder = made_copy(tmp_path, "llama3")
+    *_, wanted = opened(folder)
+    values = json.loads((folder / "config.json").read_text())
+    scaling = values.pop("rope_parameters")
+    values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling | {"type": "llama3"}}
+    (folder / "config.json").write_text(json.dumps(values))
+
+    def as_before(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"].copy()
+
+    rewrite(folder, as_before)
+    source, *_, params = opened(folder)
+    assert source.config.model.rope_scaling == "llama3" and source.config.model.rope_theta == 1e4
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((5, 5), 7.0))
+    with pytest.raises(UserError, match="lm_head.weight: differs"):
+        opened(folder)
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path):
+    folder = made_copy(tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content, said in ((whole[:-100], "cut off within"), (whole[:50], "cut off"), (b"PK\3\4" * 40, "not a safetensors file")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            opened(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        opened(folder)
+    with pytest.raises(UserError, match="no such folder"):
+        opened(tmp_path / "nowhere")
+
+
+def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkeypatch):
+    folder = made_copy(tmp_path)
+    from jaxlm.huggingface import layout
+
+    to_there = layout.Layout.to_there
+    swapped = lambda self, a: to_there(self, a)[::-1] if self.there == self.here == (32,) else to_there(self, a)
+    monkeypatch.setattr(layout.Layout, "to_there", swapped)
+    with pytest.raises(UserError, match="nothing was published"):
+        exported(folder, tmp_path / "out")
+    monkeypatch.undo()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxlm.huggingface.save.write_json", full)
+    with pytest.raises(UserError, match="No space left"):
+        exported(folder, tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="is there already"):
+        exported(folder, tmp_path / "out")
+
+
+def test_a_model_that_no_family_has_is_refused_by_the_key(tmp_path):
+    source, model, mesh, params = opened(made_copy(tmp_path))
+    source.config.model.value_residual = True
+    with pytest.raises(UserError, match="model.value_residual=True"):
+        save(str(tmp_path / "out"), source.family, source.config, model, params, mesh, {}, {})
