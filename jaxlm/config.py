@@ -47,10 +47,32 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
     config.lock()
+    given = [o for o in overrides if o.startswith("--config.model.from_pretrained=")]
+    apply_overrides(config, given)
+    take_from_pretrained(config)
     apply_overrides(config, overrides)
     resolve(config)
     validate(config)
     return config
+
+
+def take_from_pretrained(config: ConfigDict) -> None:
+    """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
+    its tokenizer.json how text is cut, in place."""
+    folder = pathlib.Path(config.model.from_pretrained)
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "huggingface"
+    if not config.model.from_pretrained or folder.name == "huggingface" and not folder.is_dir():
+        return
+    from jaxlm.models.families import apply, read_folder
+
+    seq_len = config.seq_len
+    family, keys = read_folder(folder)
+    apply(config, keys)
+    if keys["model.position"] == "rope":
+        config.seq_len = seq_len  # rope takes any length; learned positions have theirs
+    if (folder / "tokenizer.json").is_file():
+        config.data.tokenizer = str(folder / "tokenizer.json")
 
 
 def split_override(override: str) -> tuple[str, str, str]:

@@ -1,11 +1,23 @@
-"""Tiny Hugging Face models of every family, random, made by transformers itself, with what they answer."""
+"""Tiny random Hugging Face models of every family, and what transformers answers with them.
+
+`golden` needs neither torch nor transformers: tests/golden/huggingface.json holds each config.json, and names and shapes of its
+tensors, whose numbers come from numpy; huggingface.npz holds the answers. `python tests/hf_models.py`
+writes them anew, where transformers is.
+"""
 
 import functools
+import json
+import pathlib
 import tempfile
 
 import numpy as np
 
+from jaxlm.huggingface.tensors import Planned, write_shards
+
 LENGTH = 96
+TOKENS = 12  # of the vocabulary, whose logits are stored
+CONFIGS = pathlib.Path(__file__).parent / "golden" / "huggingface.json"
+LOGITS = CONFIGS.with_suffix(".npz")
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -52,31 +64,63 @@ def text_rows():
 PIECES = ((0, 0, LENGTH), (1, 0, 40), (1, 40, LENGTH), (2, 0, 70))  # (row, begin, end) of the documents in `text_rows`
 
 
-def torch_model(name):
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    kind, fields = CASES[name]
-    ending = {"GPT2": "LMHeadModel"}.get(kind, "ForCausalLM")
-    config = getattr(transformers, kind + ("TextConfig" if kind == "Gemma3" else "Config"))(**fields)
-    torch.manual_seed(0)
-    model = getattr(transformers, kind + ending)._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():  # norms and biases start at 0 and 1, where a wrong mapping would not show
-        for parameter in model.parameters():
-            parameter.add_((0.3 if parameter.ndim == 1 else 0.15) * torch.randn_like(parameter))
-    return model
+def write_folder(stored: dict) -> str:
+    """config.json and model.safetensors. Norms and biases are not left at 1 and 0, where a wrong mapping would not show."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="hf-"))
+    (folder / "config.json").write_text(json.dumps(stored["config"]))
+    rng = np.random.default_rng(0)
+    planned = []
+    for tensor, (shape, mean) in stored["tensors"].items():
+        numbers = (mean + (0.3 if len(shape) == 1 else 0.15) * rng.standard_normal(shape)).astype(np.float32)
+        planned.append(Planned(tensor, numbers.dtype, tuple(shape), lambda numbers=numbers: numbers))
+    write_shards(folder, planned, 10**9)
+    return str(folder)
 
 
 @functools.cache
-def made(name):
-    """-> (folder, logits of each of PIECES)."""
-    import torch
+def golden(name: str):
+    """-> (folder, logits of TOKENS for each of PIECES)."""
+    logits, ends = np.load(LOGITS)[name], np.cumsum([end - begin for _, begin, end in PIECES])
+    return write_folder(json.loads(CONFIGS.read_text())[name]), np.split(logits, ends[:-1])
 
-    model = torch_model(name)
-    folder = tempfile.mkdtemp(prefix=f"hf-{name}-")
-    model.save_pretrained(folder)
+
+def by_transformers(name: str):
+    """-> (what `write_folder` needs, logits of each of PIECES), made anew by transformers."""
+    import transformers
+
+    from jaxlm.huggingface.tensors import open_tensors
+
+    transformers.logging.set_verbosity_error()
+    kind, fields = CASES[name]
+    cls = getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))
+    config = getattr(transformers, kind + ("TextConfig" if kind == "Gemma3" else "Config"))(**fields)
+    with tempfile.TemporaryDirectory() as folder:
+        cls(config).save_pretrained(folder)
+        stored = {"config": json.loads(pathlib.Path(folder, "config.json").read_text()), "tensors": {
+            tensor: [list(t.shape), round(float(t.rows(0, t.shape[0]).mean()))]
+            for tensor, t in sorted(open_tensors(folder).items())}}
+    return stored, answers(write_folder(stored))
+
+
+def answers(folder: str) -> list:
+    """Of transformers, to each of PIECES: logits (T, V)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokens = text_rows()[0]
     with torch.no_grad():
-        logits = [model(torch.from_numpy(tokens[None, row, begin:end]).long()).logits[0].numpy() for row, begin, end in PIECES]
-    return folder, logits
+        return [model(torch.from_numpy(tokens[None, row, begin:end]).long()).logits[0].numpy() for row, begin, end in PIECES]
+
+
+def update():
+    configs, logits = {}, {}
+    for name in CASES:
+        configs[name], answered = by_transformers(name)
+        logits[name] = np.concatenate(answered)[:, :TOKENS]
+    CONFIGS.write_text(json.dumps(configs) + "\n")
+    np.savez_compressed(LOGITS, **logits)
+
+
+if __name__ == "__main__":
+    update()

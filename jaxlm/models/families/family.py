@@ -4,6 +4,8 @@ Both are tables, each read in both directions: `read_config` and `write_config`,
 here: `jaxlm.config` reads families before JAX starts.
 """
 
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -149,6 +151,16 @@ def read_config(values: dict) -> tuple[Family, dict]:
     if problems:
         raise UserError(*problems)
     return family, keys
+
+
+def read_folder(folder) -> tuple[Family, dict]:
+    """`read_config` of a folder. Raises UserError: there is none."""
+    file = pathlib.Path(folder, "config.json")
+    try:
+        return read_config(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}: {error}); give the folder of a Hugging Face checkpoint "
+                        "or of a jaxlm run") from error
 
 
 def apply(config, keys: dict) -> None:
