@@ -11,4 +11,4 @@ from jaxlm.models.families import (  # noqa: F401
     qwen,
     smollm,
 )
-from jaxlm.models.families.family import MODEL_TYPES, apply, read_folder  # noqa: F401
+from jaxlm.models.families.family import MODEL_TYPES, apply, read_config, read_folder  # noqa: F401
