@@ -68,13 +68,14 @@ def interpreter_start() -> float:
     return time.time() - time.process_time()
 
 
-def start_jax(config=None) -> None:
+def start_jax(config=None, keep_memory: bool = True) -> None:
     """Set JAX up for this process, and join the run's other processes; before anything touches a device."""
     from configs import default
 
     config = config or default.get_config()
     compile_cache = config.observe.compile_cache
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
@@ -366,7 +367,7 @@ def run_convert(args):
         raise UserError("convert: give one of --from=DIR (Hugging Face to --workdir) and --to=DIR (--workdir to Hugging Face)")
     if args.family and not args.to:
         raise UserError(f"--family={args.family}: is of --to; config.json of --from tells it")
-    start_jax()
+    start_jax(keep_memory=False)  # freed buffers of a tensor are not kept for the next
     from jaxlm.huggingface.convert import export_run, import_run
 
     if args.source:

@@ -52,7 +52,7 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     try:
         share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
         share(lambda: keep_files(folder, workdir), "files beside the weights")
-        checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False)
+        checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False, frugal=True)
         checkpoints.require_room(params)
         checkpoints.save(0, {"step": jnp.zeros((), jnp.int32), "params": params}, None,
                          {"fingerprint": fingerprint(config), "step": 0})
