@@ -70,7 +70,8 @@ class Checkpoints:
                 cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
                 best_fn=(lambda m: m["loss"]) if self.keep_best else None,  # Orbax stores metrics only where this is set
                 best_mode="min", enable_async_checkpointing=True)
-            handlers = {"state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=self.frugal_gb),
+            handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb,
+                                                                save_device_host_concurrent_gb=self.frugal_gb),
                         "meta": ocp.JsonCheckpointHandler()} if self.frugal else None
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
