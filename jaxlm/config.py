@@ -47,8 +47,9 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
     config.lock()
-    given = [o for o in overrides if o.startswith("--config.model.from_pretrained=")]
-    apply_overrides(config, given)
+    apply_overrides(config, [o for o in overrides if o.startswith(("--config.model.from_pretrained=", "--config.imports="))])
+    if problems := import_parts(config.imports):
+        raise UserError(*problems)
     take_from_pretrained(config)
     apply_overrides(config, overrides)
     resolve(config)
@@ -210,13 +211,20 @@ def validate(config: ConfigDict) -> None:
         warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
                                 "make it shorter than the run")
-    for name in c.imports:
+    problems += import_parts(c.imports)
+    if problems:
+        raise UserError(*problems)
+
+
+def import_parts(names) -> list[str]:
+    """Import what registers out-of-tree parts -> problems."""
+    problems = []
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             problems.append(f"imports: cannot import {name!r} ({error}); put its folder on PYTHONPATH")
-    if problems:
-        raise UserError(*problems)
+    return problems
 
 
 def layer_period(m) -> int:

@@ -21,6 +21,7 @@ from jaxlm.huggingface.convert import import_run
 from jaxlm.huggingface.load import load_params, open_source
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import DTYPES, Planned, open_tensors, write_shards
+from jaxlm.models.families import MODEL_TYPES
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.train.state import build_model, flatten_paths
 
@@ -365,3 +366,37 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     before, after = (opened(f)[-1] for f in (folder, tmp_path / "out"))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
     assert all(0 < change < 0.1 for change in jax.tree.leaves(moved)), moved
+
+
+def test_the_family_of_the_docs_goes_both_ways(tmp_path, monkeypatch):
+    """The example of docs/huggingface.md: a Qwen 3 whose projections are fused and whose fields have other names."""
+    docs = (pathlib.Path(__file__).parent.parent / "docs/huggingface.md").read_text()
+    (tmp_path / "my_family.py").write_text(docs.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(MODEL_TYPES, "_entries", dict(MODEL_TYPES._entries))
+    folder = copy_of(tmp_path, "qwen3", tie_word_embeddings=False, model_type="stablemoon")
+    *_, wanted = opened(golden("qwen3")[0])
+    values = json.loads((folder / "config.json").read_text())
+    values["norm_epsilon"] = values.pop("rms_norm_eps")
+    kept = {name: value for name, value in values.items() if name not in (
+        "attention_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+    def fuse(tensors):
+        for i in range(4):
+            parts = [tensors.pop(f"model.layers.{i}.self_attn.{x}_proj.weight") for x in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.qkv.weight"] = np.concatenate(parts)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    rewrite(folder, fuse)
+    use = "--config.imports=('my_family',)"
+    *_, params = opened(folder, use)
+    for path, array in flatten_paths(params["layers"]).items():
+        np.testing.assert_array_equal(array, flatten_paths(wanted["layers"])[path], err_msg=path)
+    exported(folder, tmp_path / "out", use)
+    same_tensors(folder, tmp_path / "out")
+
+
+def test_the_docs_tell_of_every_family():
+    docs = (pathlib.Path(__file__).parent.parent / "docs/huggingface.md").read_text()
+    assert all(f"(`{name}`)" in docs for name in MODEL_TYPES)

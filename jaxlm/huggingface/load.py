@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config import apply_overrides, resolve, validate
+from jaxlm.config import apply_overrides, import_parts, resolve, validate
 from jaxlm.errors import UserError
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
 from jaxlm.huggingface.tensors import open_tensors, parse_json
@@ -35,10 +35,13 @@ def open_source(folder: str, overrides=()) -> Source:
 
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (download it first)")
+    config = default.get_config()
+    apply_overrides(config, [o for o in overrides if o.startswith("--config.imports=")])
+    if problems := import_parts(config.imports):
+        raise UserError(*problems)
     values = parse_json(pathlib.Path(folder, "config.json"))
     family, keys = read_config(values)
     tensors = open_tensors(folder)
-    config = default.get_config()
     apply(config, keys)
     narrow = all(t.kind == "BF16" for t in tensors.values())
     config.model.param_dtype = "bfloat16" if narrow else "float32"
