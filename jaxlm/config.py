@@ -60,11 +60,13 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
 def take_from_pretrained(config: ConfigDict) -> None:
     """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
     its tokenizer.json how text is cut, in place."""
+    if not config.model.from_pretrained or "://" in config.model.from_pretrained:  # a run elsewhere
+        return
     folder = pathlib.Path(config.model.from_pretrained)
     if (folder / "checkpoints").is_dir():
         folder = folder / "huggingface"
-    if not config.model.from_pretrained or folder.name == "huggingface" and not folder.is_dir():
-        return
+        if not folder.is_dir():
+            return
     from jaxlm.models.families import apply, read_folder
 
     seq_len = config.seq_len

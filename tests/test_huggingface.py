@@ -19,6 +19,7 @@ from jaxlm.cli import main
 from jaxlm.errors import UserError
 from jaxlm.huggingface.convert import import_run
 from jaxlm.huggingface.load import load_params, open_source
+from jaxlm.huggingface.mapping import places_of, tensors_of
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import DTYPES, Planned, open_tensors, write_shards
 from jaxlm.models.families import MODEL_TYPES
@@ -120,6 +121,37 @@ def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_st
     assert warnings_of_transformers == []
     for logits, stored in zip(found, wanted, strict=True):
         np.testing.assert_allclose(logits[:, :TOKENS], stored, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_transformers(name):
+    """Of the loss of the first text, for a tensor near the end, one in the middle and one at the start."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder, _ = golden(name)
+    source, model, _, params = opened(folder)
+    tokens = text_rows()[0][:1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    logits = theirs(torch.from_numpy(tokens).long()).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[0, 1:]).long()).backward()
+    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        module = nnx.merge(model.graph, params)
+        log_p = jax.nn.log_softmax(module.logits(module.hidden(tokens)[0])[0, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1))
+
+    found, specs = flatten_paths(gradient(params)), flatten_paths(model.specs)
+    compared = 0
+    for tensor, (_, parts) in tensors_of(places_of(source.family, specs, source.config, 96), specs).items():
+        if tensor in wanted and any(part in tensor for part in ("norm.weight", "ln_", "wpe", "1.self_attn", "1.attn", "embed")):
+            mine = [place.layout.to_there(np.asarray(found[path][index])) for path, index, place in parts]
+            mine = np.concatenate(mine, parts[0][2].axis)
+            scale = np.abs(wanted[tensor]).max()
+            np.testing.assert_allclose(mine, wanted[tensor], atol=1e-4 * scale, rtol=0, err_msg=tensor)
+            compared += 1
+    assert compared > 5
 
 
 def test_a_lacking_tensor_would_be_warned_of(tmp_path, warnings_of_transformers):
