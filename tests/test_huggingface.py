@@ -257,6 +257,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_named(tmp_path, monkeypat
     ("llama2", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_scaling='dynamic'"),
     ("llama2", dict(rope_parameters=dict(rope_type="linear", factor=2.0, odd=1)), "rope_scaling.odd=1"),
+    ("llama2", dict(hidden_size="wide"), "gives 'wide' for model.embed_dim"),
     ("llama2", dict(model_type="mamba"), "unknown Hugging Face family"),
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\]"),
@@ -398,6 +399,13 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     before, after = (opened(f)[-1] for f in (folder, tmp_path / "out"))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
     assert all(0 < change < 0.1 for change in jax.tree.leaves(moved)), moved
+
+
+def test_training_does_not_import_this():
+    done = subprocess.run([sys.executable, "-c", "import sys, jaxlm.cli, jaxlm.train.loop; "
+                           "print([m for m in sys.modules if m.startswith(('jaxlm.huggingface', 'torch', 'transformers'))])"],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_family_of_the_docs_goes_both_ways(tmp_path, monkeypatch):

@@ -114,8 +114,9 @@ def read_safetensors(path: pathlib.Path) -> dict[str, SafeTensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            found = {name: (SafeTensor(path, t["dtype"], tuple(map(int, t["shape"])), 8 + length + int(t["data_offsets"][0])),
-                            int(t["data_offsets"][1]) + 8 + length) for name, t in header.items()}
+            place = lambda t, end: 8 + length + int(t["data_offsets"][end])
+            found = {name: (SafeTensor(path, str(t["dtype"]), tuple(map(int, t["shape"])), place(t, 0)), place(t, 1))
+                     for name, t in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{path}: its header cannot be read ({type(error).__name__}); copy it again") from error
     problems = []

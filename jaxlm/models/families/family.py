@@ -20,7 +20,7 @@ NOT_ARCHITECTURE = frozenset("""
     eos_token_id id2label initializer_range label2id model_type n_ctx output_attentions output_hidden_states
     output_router_logits pad_token_id problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    torch_dtype transformers_version unk_token_id use_cache""".split())
+    torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split())
 
 # jaxlm keys that do not change what the model computes when it reads a text; a family says nothing of them.
 NOT_SAID = frozenset("""
@@ -94,15 +94,16 @@ def config_value(config, key: str):
     return config.seq_len if key == "seq_len" else config.model[key]
 
 
-def only(field: str, *values) -> Part:
-    """A field of which jaxlm implements these values only, the first where it is absent."""
+def only(field: str, *values, written: bool = True) -> Part:
+    """A field of which jaxlm implements these values only, the first where it is absent. written: False for what some published
+    files have, but transformers does not."""
 
     def read(fields):
         if (value := fields.take(field, values[0])) not in values:
             fields.refuse(field, value, "only " + " and ".join(map(repr, values)) + (" are" if len(values) > 1 else " is"))
         return {}
 
-    return Part(read, lambda config: {field: values[0]})
+    return Part(read, lambda config: {field: values[0]} if written else {})
 
 
 def always(**keys) -> Part:
@@ -170,7 +171,16 @@ def apply(config, keys: dict) -> None:
     for key, value in default.get_config().model.items():
         if key not in NOT_SAID:
             config.model[key] = value
-    config.update_from_flattened_dict(keys)
+    for key, value in keys.items():
+        group, _, name = key.rpartition(".")
+        node = config[group] if group else config
+        if node.get_type(name) is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            node[name] = value
+        except TypeError as error:
+            raise UserError(f"config.json: gives {value!r} for {key}, which is {node[name]!r} by default; the type is "
+                            "wrong") from error
 
 
 def write_config(family: Family, config) -> dict:

@@ -61,5 +61,7 @@ LLAMA = register(Family("llama", "LlamaForCausalLM", (
     same("attention_bias", "attention_bias", False),
     same("mlp_bias", "mlp_bias", False),
     only("pretraining_tp", 1, 2, 4),  # the same sums in another order
+    only("rope_interleaved", False, written=False),
+    only("is_llama_config", True, written=False),
     rope(),
 ), TENSORS))

@@ -13,9 +13,11 @@ def after_the_first(fields, num_layers: int) -> str:
 
 
 WINDOWS = windows(after_the_first, switch=True)
+NO_MROPE = only("use_mrope", False, written=False)
 
 QWEN2 = register(Family("qwen2", "Qwen2ForCausalLM", (
-    *SWIGLU, same("rms_norm_eps", "norm_eps", 1e-6), always(attention_bias=True, attention_out_bias=False), WINDOWS, rope()),
+    *SWIGLU, same("rms_norm_eps", "norm_eps", 1e-6), always(attention_bias=True, attention_out_bias=False), WINDOWS, NO_MROPE,
+    rope()),
     TENSORS))
 
 QWEN3 = register(Family("qwen3", "Qwen3ForCausalLM", (

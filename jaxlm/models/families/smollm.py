@@ -1,6 +1,6 @@
 """SmolLM 3: Llama, every fourth layer of which has no rope."""
 
-from jaxlm.models.families.family import Family, Part, register, same
+from jaxlm.models.families.family import Family, Part, register, same, unused
 from jaxlm.models.families.llama import SWIGLU, TENSORS
 from jaxlm.models.families.rope import rope
 from jaxlm.models.families.windows import repeat, shortest_period, windows
@@ -26,5 +26,5 @@ def no_window(fields, num_layers: int) -> str:
 SMOLLM3 = register(Family("smollm3", "SmolLM3ForCausalLM", (
     *SWIGLU, same("rms_norm_eps", "norm_eps", 1e-6), same("tie_word_embeddings", "tie_embeddings", True),
     same("attention_bias", "attention_bias", False), same("mlp_bias", "mlp_bias", False), rope(2e6),
-    Part(read_pattern, write_pattern), windows(no_window, switch=True)),
+    Part(read_pattern, write_pattern), windows(no_window, switch=True), unused("max_window_layers", "pretraining_tp")),
     TENSORS))
