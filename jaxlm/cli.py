@@ -68,14 +68,15 @@ def interpreter_start() -> float:
     return time.time() - time.process_time()
 
 
-def start_jax(config=None) -> None:
+def start_jax(config=None, keep_memory: bool = True) -> None:
     """Set JAX up for this process, and join the run's other processes; before anything touches a device."""
     from configs import default
     from jaxlm.train import heap
 
     config = config or default.get_config()
     compile_cache = config.observe.compile_cache
-    heap.keep_freed_memory()
+    if keep_memory:
+        heap.keep_freed_memory()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
@@ -331,6 +332,33 @@ def run_plan(args):
         executable.save(args.save, best.compiled.program, best.compiled.executable)
 
 
+def add_convert(verb):
+    add_workdir(verb)
+    verb.add_argument("--from", dest="source", default="", metavar="DIR", help="a Hugging Face folder, to make the run of")
+    verb.add_argument("--to", default="", metavar="DIR", help="the Hugging Face folder to make of the run")
+    verb.add_argument("--family", default="", metavar="NAME", help="with --to, its model_type; default: where it came from, or "
+                      "the first that has such a model")
+
+
+def run_convert(args):
+    """Hugging Face weights to a run directory (--from), or a run to a Hugging Face folder (--to).
+
+    The run directory is what eval, generate and --config.model.from_pretrained take. Any key can be set, as for train:
+    --config.mesh.fsdp=8, --config.model.param_dtype=float32, --config.seq_len=8192.
+    """
+    if bool(args.source) == bool(args.to):
+        raise UserError("convert: give one of --from=DIR (Hugging Face to --workdir) and --to=DIR (--workdir to Hugging Face)")
+    if args.family and not args.to:
+        raise UserError(f"--family={args.family}: is of --to; config.json of --from tells it")
+    start_jax(keep_memory=False)  # freed buffers of a tensor are not kept for the next
+    from jaxlm.huggingface.convert import export_run, import_run
+
+    if args.source:
+        import_run(args.source, args.workdir, args.overrides)
+    else:
+        export_run(args.workdir, args.to, args.overrides, args.family)
+
+
 def run_doctor(args):
     """Versions, devices, what each attention backend says of this machine, and a 10-second self-test."""
     import importlib.metadata
@@ -374,6 +402,7 @@ VERBS = {
     "plan": (run_plan, add_plan),
     "bench": (run_bench, add_bench),
     "report": (run_report, add_workdir),
+    "convert": (run_convert, add_convert),
     "doctor": (run_doctor, lambda verb: None),
 }
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import traceback
@@ -46,10 +47,35 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
     config.lock()
+    apply_overrides(config, [o for o in overrides if o.startswith(("--config.model.from_pretrained=", "--config.imports="))])
+    if problems := import_parts(config.imports):
+        raise UserError(*problems)
+    take_from_pretrained(config)
     apply_overrides(config, overrides)
     resolve(config)
     validate(config)
     return config
+
+
+def take_from_pretrained(config: ConfigDict) -> None:
+    """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
+    its tokenizer.json how text is cut, in place."""
+    if not config.model.from_pretrained or "://" in config.model.from_pretrained:  # a run elsewhere
+        return
+    folder = pathlib.Path(config.model.from_pretrained)
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "huggingface"
+        if not folder.is_dir():
+            return
+    from jaxlm.models.families import apply, read_folder
+
+    seq_len = config.seq_len
+    family, keys = read_folder(folder)
+    apply(config, keys)
+    if keys["model.position"] == "rope":
+        config.seq_len = seq_len  # rope takes any length; learned positions have theirs
+    if (folder / "tokenizer.json").is_file():
+        config.data.tokenizer = str(folder / "tokenizer.json")
 
 
 def split_override(override: str) -> tuple[str, str, str]:
@@ -139,11 +165,14 @@ def validate(config: ConfigDict) -> None:
               f"use embed_dim={nearest_multiple(m.embed_dim, m.num_heads)} or set model.head_dim")
         check(m.num_heads % m.num_kv_heads == 0,
               f"model.num_heads={m.num_heads} is not divisible by model.num_kv_heads={m.num_kv_heads}")
-        check(m.position != "rope" or m.head_dim % 2 == 0, f"model.head_dim={m.head_dim}: rope needs an even number")
-        check(m.num_layers % len(m.window_pattern or "G") == 0 or not m.scan_layers,
+        check(m.position != "rope" or rotated_size(m) % 2 == 0,
+              f"model.head_dim={m.head_dim}: rope needs an even number" +
+              (f", model.rope_fraction={m.rope_fraction} of it too" if m.rope_fraction != 1 else ""))
+        check(m.num_layers % layer_period(m) == 0 or not m.scan_layers,
               f"model.num_layers={m.num_layers} is not a multiple of the length of model.window_pattern="
-              f"{m.window_pattern!r}; that is needed when model.scan_layers=True")
+              f"{m.window_pattern!r} and model.rope_pattern={m.rope_pattern!r}; that is needed when model.scan_layers=True")
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
+    check(re.fullmatch("[RN]+", m.rope_pattern), f"model.rope_pattern={m.rope_pattern!r}: use letters R and N")
     check("L" not in m.window_pattern or m.window > 0, "model.window_pattern has local layers: set model.window > 0")
     if m.feedforward == "moe":
         check(m.num_experts > 0, f"model.num_experts={m.num_experts}: must be at least 1")
@@ -158,7 +187,8 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
-    choices = {"model.block": ("serial", "parallel"),
+    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both"),
+               "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
@@ -183,13 +213,30 @@ def validate(config: ConfigDict) -> None:
         warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
                                 "make it shorter than the run")
-    for name in c.imports:
+    problems += import_parts(c.imports)
+    if problems:
+        raise UserError(*problems)
+
+
+def import_parts(names) -> list[str]:
+    """Import what registers out-of-tree parts -> problems."""
+    problems = []
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             problems.append(f"imports: cannot import {name!r} ({error}); put its folder on PYTHONPATH")
-    if problems:
-        raise UserError(*problems)
+    return problems
+
+
+def layer_period(m) -> int:
+    """Layers after which the kinds of layers come again."""
+    return math.lcm(len(m.window_pattern or "G"), len(m.rope_pattern or "R"))
+
+
+def rotated_size(m) -> int:
+    """Of head_dim, what rope rotates."""
+    return int(m.head_dim * m.rope_fraction)
 
 
 def nearest_multiple(value: int, factor: int) -> int:

@@ -223,3 +223,13 @@ def test_value_residual_and_windows_in_a_pipeline():
     expected = run(tiny(**changes), steps=3)[0]
     for mesh in (dict(mesh__stage=2, mesh__tensor=2, mesh__data=2), dict(mesh__fsdp=2, mesh__context=2, mesh__tensor=2)):
         np.testing.assert_allclose(run(tiny(**changes, **mesh), steps=3)[0], expected, rtol=1e-5)
+
+
+def test_norms_and_ropes_of_the_families_on_a_mesh():
+    """Norms of all heads together, norms after the branches, rope by kind of layer, in part, or not at all."""
+    changes = dict(model__norm_place="both", model__qk_norm=True, model__qk_norm_over="all", model__window=5,
+                   model__window_pattern="LG", model__rope_theta_local=100.0, model__rope_pattern="RN", model__rope_fraction=0.5,
+                   model__norm_scale_from_one=True, model__attention_bias=True, model__attention_out_bias=False)
+    expected = run(tiny(**changes), steps=3)[0]
+    for mesh in (dict(mesh__stage=2, mesh__tensor=2, mesh__data=2), dict(mesh__fsdp=2, mesh__context=2, mesh__tensor=2)):
+        np.testing.assert_allclose(run(tiny(**changes, **mesh), steps=3)[0], expected, rtol=1e-5)

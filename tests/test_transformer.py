@@ -40,6 +40,9 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
     dict(value_residual=True, window=3, window_pattern="LG", num_kv_heads=1, qk_norm=True),
     dict(norm="layer", position="learned", feedforward="gelu", attention_bias=True, mlp_bias=True, block="parallel"),
     dict(feedforward="moe", num_experts=4, shared_experts=1, window=3, window_pattern="LG", value_residual=True),
+    dict(norm_place="both", norm_scale_from_one=True, window=3, window_pattern="LG", rope_theta_local=100.0, rope_pattern="RRRN",
+         rope_scaling="yarn", rope_factor=4.0, rope_fraction=0.5, attention_scale_dim=5),
+    dict(norm_place="post", qk_norm=True, qk_norm_over="all", attention_bias=True, attention_out_bias=False),
 ])
 def test_scan_equals_unrolled_and_remat(options):
     reference = hidden(tiny(**options), TOKENS)
@@ -51,6 +54,7 @@ def test_scan_equals_unrolled_and_remat(options):
     dict(), dict(num_kv_heads=1, window=4, window_pattern="LG", value_residual=True, attention_softcap=5.0),
     dict(position="learned", scan_layers=True), dict(ngram_max=3, ngram_buckets=64),
     dict(feedforward="moe", num_experts=4, shared_experts=1, bias_update_rate=0.1),
+    dict(norm_place="both", window=3, window_pattern="LG", rope_theta_local=100.0, rope_pattern="RRRN", rope_fraction=0.5),
 ])
 def test_cached_decoding_equals_full_pass(options):
     config = tiny(**options)

@@ -31,12 +31,14 @@ class Checkpoints:
     Args:
         keep: newest checkpoints kept; keep_every: also keep each multiple of it (0: none); keep_best: also the one with
             the lowest metrics["loss"].
+        frugal: save with no more host memory than the largest leaf takes, rather than let go of the state at once.
         create: make the directory and own it; False to read a run that may still be training: nothing is moved or removed.
     """
 
-    def __init__(self, directory: str, keep: int, keep_every: int, keep_best: bool, create: bool = True):
+    def __init__(self, directory: str, keep: int, keep_every: int, keep_best: bool, create: bool = True,
+                 frugal: bool = False):
         self.directory = pathlib.Path(os.path.abspath(directory)) if "://" not in directory else directory
-        self.keep, self.keep_every, self.keep_best, self.create = keep, keep_every, keep_best, create
+        self.keep, self.keep_every, self.keep_best, self.create, self.frugal = keep, keep_every, keep_best, create, frugal
         if create:
             share(self._make, "checkpoint directory")
         self._manager = None
@@ -68,7 +70,10 @@ class Checkpoints:
                 cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
                 best_fn=(lambda m: m["loss"]) if self.keep_best else None,  # Orbax stores metrics only where this is set
                 best_mode="min", enable_async_checkpointing=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb,
+                                                                save_device_host_concurrent_gb=self.frugal_gb),
+                        "meta": ocp.JsonCheckpointHandler()} if self.frugal else None
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -98,7 +103,8 @@ class Checkpoints:
 
         if step in self.steps():
             return
-        leaves = describe(state, fingerprints(state))
+        leaves = describe(state, fingerprints(state, one_by_one=self.frugal))
+        self.frugal_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9  # it must be more than any leaf
         try:
             self.manager.save(step, metrics=metrics and {"loss": float(metrics["loss"])}, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, "leaves": leaves})))
@@ -229,10 +235,15 @@ def describe(tree, prints=None) -> dict:
     return out
 
 
-def fingerprints(tree) -> list[int]:
+def fingerprints(tree, one_by_one: bool = False) -> list[int]:
     """A uint32 per leaf: the sum of its words, each weighted by an odd number that depends on its place. Integer sums
-    do not depend on their order, so every mesh gives the same; one flipped bit always changes it."""
+    do not depend on their order, so every mesh gives the same; one flipped bit always changes it.
+
+    one_by_one: with the work space of one leaf, not of all.
+    """
     leaves = jax.tree.leaves(tree)
+    if one_by_one:
+        return [int(_fingerprint([leaf])[0]) for leaf in leaves]
     return [int(x) for x in jax.device_get(_fingerprint(leaves))]
 
 

@@ -94,7 +94,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer: not a tokenizer.json ({error})") from error
         self.vocab_size = self.inner.get_vocab_size()
-        ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|im_end|>", "<eos>")]
+        ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
 
     def encode(self, text: str) -> np.ndarray:

@@ -24,28 +24,34 @@ class Attention(nnx.Module):
         m = config.model
         N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
         self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
+        self.query_scale = (H / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0  # beside 1/sqrt(H) of `attend`
         self.query = Projection(m, rngs, N, inits.hidden(D), form_of(config, "attention.query"))
         self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
         self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
         self.out = OutProjection(m, rngs, inits.output(N * H), form_of(config, "attention.out"))
         if m.qk_norm:
-            self.query_norm, self.key_norm = build_norm(config, H, rngs), build_norm(config, H, rngs)
+            self.norm_heads = m.qk_norm_over == "head"
+            sizes = (H, H) if self.norm_heads else (N * H, K * H)
+            self.query_norm, self.key_norm = (build_norm(config, size, rngs) for size in sizes)
         if m.value_residual:
             self.mix = parameter(rngs, (), (), constant(0.5), m.param_dtype)
 
-    def __call__(self, x_BTD, context, window: int, first_value=None, is_first=False, cache=None):
+    def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """-> (x_BTD, v_BSKH of the first layer, cache with this step's keys and values written).
 
         context: what is the same for all layers (rope tables, positions, segment_ids, backend).
-        window: sliding-window length, 0 for none.
+        kind: what is this layer's own (`block.LayerKind`).
         first_value: v_BSKH of the first layer, for value residuals; None in the first layer itself. In a pipeline, where
         one program is every layer, is_first (traced) says so instead.
         cache: (k_BSKH, v_BSKH) of decoding, written from `context.cache_index` on.
         """
         q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD)
         if hasattr(self, "query_norm"):
-            q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
-        q_BTNH, k_BSKH = named("query", rotate(q_BTNH, context.rope)), named("key", rotate(k_BSKH, context.rope))
+            q_BTNH, k_BSKH = self.normalise(self.query_norm, q_BTNH), self.normalise(self.key_norm, k_BSKH)
+        rope = context.rope.get(kind.rope)
+        q_BTNH, k_BSKH = named("query", rotate(q_BTNH, rope)), named("key", rotate(k_BSKH, rope))
+        if self.query_scale != 1.0:
+            q_BTNH = q_BTNH * self.query_scale
         if first_value is None:
             first_value = v_BSKH
         elif hasattr(self, "mix"):
@@ -58,11 +64,13 @@ class Attention(nnx.Module):
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), at)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), at)
             cache = (k_BSKH, v_BSKH)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=window, softcap=self.softcap, backend=context.backend,
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
                           context_method=context.context_method)
         return named("attention_out", self.out(out_BTNH)), first_value, cache
 
+    def normalise(self, norm, x_BTNH):
+        return norm(x_BTNH) if self.norm_heads else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
     def project(self, x_BTD):
         """-> (q_BTNH, k_BSKH, v_BSKH)."""
@@ -99,7 +107,7 @@ class OutProjection(nnx.Module):
         self.form = form
         shape, axes = (m.num_heads, m.head_dim, m.embed_dim), ("heads", None, "embed")
         self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
-        if m.attention_bias:
+        if m.attention_bias and m.attention_out_bias:
             self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)
 
     def __call__(self, x_BTNH):

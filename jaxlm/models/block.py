@@ -6,18 +6,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.config import layer_period
 from jaxlm.models import moe  # noqa: F401  registers itself
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.feedforward import FEEDFORWARDS
-from jaxlm.models.norms import build_norm
+from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal
 from jaxlm.parallel.rules import constrain
+
+
+class LayerKind(NamedTuple):
+    """What differs from layer to layer; known while tracing."""
+
+    window: int  # sliding-window length, 0 for none
+    rope: str  # one of the tables in Context.rope; another name: none
+
+
+def layer_kinds(m) -> tuple[LayerKind, ...]:
+    """Of one period of layers."""
+    local = "local_rope" if m.rope_theta_local else "rope"
+    letters = ((m.window_pattern[i % len(m.window_pattern)], m.rope_pattern[i % len(m.rope_pattern)])
+               for i in range(layer_period(m)))
+    return tuple(LayerKind(m.window if reach == "L" else 0, "none" if turn == "N" else local if reach == "L" else "rope")
+                 for reach, turn in letters)
 
 
 class Context(NamedTuple):
     """What is the same for all layers of one forward pass."""
 
-    rope: Any  # Rope.tables or None
+    rope: Any  # Rope.tables: what each kind of layer rotates by
     segment_ids: Any  # (B, T) int32, or None where attention is causal only
     backend: str  # attention backend
     dropout: float
@@ -51,22 +68,25 @@ class Block(nnx.Module):
         m = config.model
         inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
         self.parallel = m.block == "parallel"
-        self.norm1 = build_norm(config, m.embed_dim, rngs)
+        norm = lambda where: build_norm(config, m.embed_dim, rngs) if m.norm_place in (where, "both") else NoNorm()
+        self.norm1 = norm("pre")
         self.attention = ATTENTIONS[m.attention](config, rngs, inits)
+        self.post_norm1 = norm("post")
         if not self.parallel:
-            self.norm2 = build_norm(config, m.embed_dim, rngs)
+            self.norm2 = norm("pre")
         self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
+        self.post_norm2 = norm("post")
 
-    def __call__(self, x_BTD, context: Context, window, first_value=None, is_first=False, cache=None, keys_BT=None):
+    def __call__(self, x_BTD, context: Context, kind: LayerKind, first_value=None, is_first=False, cache=None, keys_BT=None):
         """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
         feed-forward; a parallel one adds both at once."""
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
-        a_BTD, value, cache = self.attention(h_BTD, context, window, first_value, is_first, cache)
-        x_BTD = x_BTD + drop(residual(a_BTD), context.dropout, fold_in(keys_BT, 0))
+        a_BTD, value, cache = self.attention(h_BTD, context, kind, first_value, is_first, cache)
+        x_BTD = x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0))
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
         f_BTD, stats = self.feedforward(h_BTD, context)
-        return x_BTD + drop(residual(f_BTD), context.dropout, fold_in(keys_BT, 1)), value, cache, stats
+        return x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)), value, cache, stats
 
 
 def residual(x_BTD):

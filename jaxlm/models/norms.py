@@ -19,15 +19,16 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis (Zhang & Sennrich, arXiv:1910.07467)."""
 
     def __init__(self, config, size, rngs):
-        self.eps = config.model.norm_eps
+        self.eps, self.from_one = config.model.norm_eps, config.model.norm_scale_from_one
         if config.model.norm_scale:
-            self.scale = parameter(rngs, (size,), (None,), constant(1.0), config.model.param_dtype)
+            first = constant(0.0 if self.from_one else 1.0)
+            self.scale = parameter(rngs, (size,), (None,), first, config.model.param_dtype)
 
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         if hasattr(self, "scale"):
-            y = y * self.scale[...]
+            y = y * (1 + self.scale[...].astype(jnp.float32) if self.from_one else self.scale[...])
         return y.astype(x.dtype)
 
 
@@ -52,7 +53,7 @@ class LayerNorm(nnx.Module):
 
 @NORMS.register("none")
 class NoNorm(nnx.Module):
-    def __init__(self, config, size, rngs):
+    def __init__(self, config=None, size=0, rngs=None):
         del config, size, rngs
 
     def __call__(self, x):

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.config import rotated_size
 from jaxlm.models.parameter import normal, parameter
+from jaxlm.models.rope_scaling import SCALINGS
 from jaxlm.registry import Registry
 
 POSITIONS = Registry("position", key="model.position")
@@ -23,8 +25,8 @@ class NoPosition(nnx.Module):
         return x_BTD
 
     def tables(self, positions_BT):
-        """What `rotate` needs, computed once for all layers."""
-        return None
+        """What `rotate` needs, computed once for all layers: {name: (cos, sin)}."""
+        return {}
 
 
 @POSITIONS.register("learned")
@@ -45,23 +47,35 @@ class Rope(NoPosition):
 
     def __init__(self, config, rngs):
         del rngs
-        self.head_dim, self.theta = config.model.head_dim, config.model.rope_theta
+        m = config.model
+        frequencies = lambda theta: np.float32(theta) ** -(np.arange(0, rotated_size(m), 2, dtype=np.float32) / rotated_size(m))
+        waves = {"rope": SCALINGS[m.rope_scaling](config, frequencies(m.rope_theta))}
+        if m.rope_theta_local:
+            waves["local_rope"] = frequencies(m.rope_theta_local), 1.0
+        self.waves = tuple((name, tuple(frequency_R.tolist()), factor) for name, (frequency_R, factor) in waves.items())
 
     def tables(self, positions_BT):
-        """-> (cos, sin), each (B, T, 1, H/2), float32: bfloat16 would round position 257 to 256.
+        """-> {"rope": (cos, sin)[, "local_rope": ...]}, each (B, T, 1, R/2) for R rotated numbers of a head, float32: bfloat16
+        would round position 257 to 256.
 
         Known positions (a numpy array) make constants: XLA would otherwise compute every angle again in each layer.
         """
         xp = np if isinstance(positions_BT, np.ndarray) else jnp
-        frequency_H = np.float32(self.theta) ** -(np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim)
-        angle = positions_BT[:, :, None, None].astype(np.float32) * frequency_H
-        return xp.cos(angle), xp.sin(angle)
+
+        def table(frequency_R, factor):
+            angle = positions_BT[:, :, None, None].astype(np.float32) * np.array(frequency_R, np.float32)
+            waves = xp.cos(angle), xp.sin(angle)
+            return waves if factor == 1 else tuple(wave * np.float32(factor) for wave in waves)
+
+        return {name: table(*wave) for name, *wave in self.waves}
 
 
 def rotate(x_BTNH, tables):
-    """Apply `Rope.tables` to queries or keys; with tables=None, do nothing."""
+    """Apply one of `Rope.tables` to queries or keys, as far as it goes; with None, do nothing."""
     if tables is None:
         return x_BTNH
     cos, sin = tables
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x_BTNH[..., :size].astype(jnp.float32), 2, axis=-1)
+    y_BTNR = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    return y_BTNR if size == x_BTNH.shape[-1] else jnp.concatenate([y_BTNR, x_BTNH[..., size:]], axis=-1)

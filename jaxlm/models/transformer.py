@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
-from jaxlm.models.block import Block, Context, drop, fold_in, residual
+from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
@@ -37,8 +37,7 @@ class Transformer(nnx.Module):
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
         self.cache_shape = (m.num_kv_heads, m.head_dim)
-        self.pattern = tuple(m.window if letter == "L" else 0 for letter in m.window_pattern)
-        self.windows = tuple(self.pattern[i % len(self.pattern)] for i in range(m.num_layers))
+        self.pattern, self.num_layers = layer_kinds(m), m.num_layers
         self.vocab_size = vocab_size
         self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
                                    m.param_dtype)
@@ -78,7 +77,7 @@ class Transformer(nnx.Module):
         keys_BT = None
         if keys_B is not None and self.dropout:
             keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
-            x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, len(self.windows)))
+            x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, self.num_layers))
         live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
         segment_ids_BT, order = segment_ids_BT if self.isolate else None, None
         ring = self.context_method == "ring" and mesh_size("context") > 1
@@ -100,7 +99,7 @@ class Transformer(nnx.Module):
         if mesh_size("stage") == 1:
             return self._run_some(graph, stacked, 0, x_BTD, None, context, keys_BT, cache)[1:]
         value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype) if self.value_residual else None
-        known = context.rope is not None and len(context.rope[0]) == 1  # the same for every row: not dealt out
+        known = all(len(table) == 1 for table in jax.tree.leaves(context.rope))  # the same for every row: not dealt out
 
         def stage(layers, first_layer, x, rows):
             rope, segment_ids, live, keys = rows
@@ -115,16 +114,16 @@ class Transformer(nnx.Module):
 
     def _run_some(self, graph, stacked, first_layer, x_BTD, value, context, keys_BT, cache):
         """The stacked blocks, from `first_layer` (traced in a pipeline) on -> (value, x_BTD, cache, stats). `value` is v_BSKH of
-        the first layer of all, where value residuals need it. A scan goes over whole periods of the window pattern, so that
-        windows stay static."""
+        the first layer of all, where value residuals need it. A scan goes over whole periods of the kinds of layers, so that
+        they stay static."""
         length, period = len(jax.tree.leaves(stacked)[0]), len(self.pattern)
 
-        def block(x, value, layers, place, window):
+        def block(x, value, layers, place, kind):
             # `place` in a period is looked up in here: a layer's slice of what a scan goes over would be kept for the backward
             # pass, a second copy of all parameters, where the whole is there anyway.
             state, layer, layer_cache = layers if place is None else jax.tree.map(lambda a: a[place], layers)
             keys = fold_in(keys_BT, layer)
-            x, value, *out = nnx.merge(graph, state)(x, context, window, value, layer == 0, layer_cache, keys)
+            x, value, *out = nnx.merge(graph, state)(x, context, kind, value, layer == 0, layer_cache, keys)
             return x, value if self.value_residual else None, out
 
         block = rematerialise(block, self.remat, static_argnums=(3, 4), prevent_cse=not self.scan)
@@ -140,8 +139,8 @@ class Transformer(nnx.Module):
 
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
-            for i, window in enumerate(self.pattern):
-                x, value, out = block(x, value, xs_P, i, window)
+            for i, kind in enumerate(self.pattern):
+                x, value, out = block(x, value, xs_P, i, kind)
                 outs.append(out)
             return (x, value), stack(outs)
 
@@ -162,7 +161,7 @@ class Transformer(nnx.Module):
 
     def init_cache(self, batch: int, length: int):
         """For decoding up to `length` tokens: (tokens (B, S), (keys, values) of every layer, each (L, B, S, K, H))."""
-        shape = (len(self.windows), batch, length, *self.cache_shape)
+        shape = (self.num_layers, batch, length, *self.cache_shape)
         return (jnp.zeros((batch, length), jnp.int32),
                 (jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)))
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jaxlm.config import layer_period
 from jaxlm.errors import UserError
 from jaxlm.parallel.pipeline import microbatches
 from jaxlm.parallel.rules import BATCH
@@ -116,9 +117,9 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
 
 def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
     problems, m = [], config.model
-    runs, period = sizes["stage"] * config.mesh.pipeline_repeats, len(m.window_pattern)
+    runs, period = sizes["stage"] * config.mesh.pipeline_repeats, layer_period(m)
     if config.mesh.pipeline_repeats < 1 or m.num_layers % (runs * period):
-        each = f" x length of model.window_pattern = {runs * period}" if period > 1 else f" = {runs}"
+        each = f" x length of model.window_pattern and rope_pattern = {runs * period}" if period > 1 else f" = {runs}"
         problems.append(f"model.num_layers={m.num_layers} is not divisible by mesh stage x mesh.pipeline_repeats{each}; "
                         f"use model.num_layers={nearest_multiples(m.num_layers, runs * period)}")
     asked, stages = config.mesh.pipeline_microbatches, sizes["stage"]

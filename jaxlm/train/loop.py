@@ -32,6 +32,7 @@ from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
 from jaxlm.train.program import build_program
+from jaxlm.train.restore import pretrained_params
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step
@@ -88,8 +89,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     else:
         state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
-            source = Checkpoints(os.path.join(pretrained, "checkpoints"), keep, 0, False, create=False)
-            state["params"] = source.restore_params(program.state["params"])
+            state["params"] = pretrained_params(pretrained, program, full_config)
     start = int(state["step"])
     writers.truncate_after(start)
     alive("compiling", SLOW)

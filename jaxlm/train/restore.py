@@ -41,31 +41,61 @@ def as_tuples(value):
     return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+def pretrained_params(folder: str, program, config):
+    """The parameters that a run starts from, of a jaxlm run or a Hugging Face folder, on the mesh of `program`."""
+    directory = os.path.join(folder, "checkpoints")
+    if os.path.isdir(directory):
+        import jax
+
+        from jaxlm.checkpoint.manager import Checkpoints
+        from jaxlm.train.state import build_model
+
+        as_saved = config.copy_and_resolve_references()
+        as_saved.model.param_dtype = config_of_run(folder).model.param_dtype
+        specs = build_model(as_saved, program.model.specs["embedding"].shape[0], program.backend).specs
+        wanted = program.state["params"]
+        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, s.dtype, sharding=a.sharding), wanted, specs)
+        params = Checkpoints(directory, 1, 0, False, create=False).restore_params(abstract)
+        return jax.tree.map(lambda p, a: p.astype(a.dtype), params, wanted)
+    from jaxlm.huggingface.load import load_params, open_source
+
+    source = open_source(folder)
+    return load_params(source._replace(config=config), program.model, program.mesh)
+
+
+def mesh_here(config, vocab_size: int, overrides=()):
+    """The mesh of the config, or of `overrides`; where the config's own does not fit the devices that there are, one that does,
+    and the config says so then."""
+    import jax
+
+    from configs import default
+    from jaxlm.parallel.automatic import choose_axes
+    from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
+
+    devices = jax.devices()
+    asked = any(o.startswith("--config.mesh") for o in overrides)
+    if not asked and mesh_problems(config, axis_sizes(config, len(devices)), len(devices)):
+        config.mesh = default.get_config().mesh
+        config.mesh.auto = True
+    return build_mesh(config, devices, choose_axes(config, vocab_size, devices)[0] if config.mesh.auto else None)
+
+
 def open_run(workdir: str, overrides=()) -> Run:
     """The run as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit the
     devices that there are, one that does."""
     config = config_of_run(workdir, overrides)
     import jax
 
-    from configs import default
     from jaxlm.checkpoint.manager import Checkpoints
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
     from jaxlm.parallel import target
-    from jaxlm.parallel.automatic import choose_axes
-    from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
     from jaxlm.train.state import build_model, is_spec, parameter_shardings
 
     data = build_data(config)
     backend, _ = choose_backend(config, target.platform())
     model = build_model(config, data.vocab_size, backend)
-    count = len(jax.devices())
-    asked = any(o.startswith("--config.mesh") for o in overrides)
-    if not asked and mesh_problems(config, axis_sizes(config, count), count):
-        config.mesh = default.get_config().mesh
-        config.mesh.auto = True
-    devices = jax.devices()
-    mesh = build_mesh(config, devices, choose_axes(config, data.vocab_size, devices)[0] if config.mesh.auto else None)
+    mesh = mesh_here(config, data.vocab_size, overrides)
     abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
                             parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)
     directory = os.path.join(workdir, "checkpoints")

@@ -1,0 +1,122 @@
+"""Hugging Face -> jaxlm: tensors are streamed from the files straight into arrays on the mesh."""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.config import apply_overrides, import_parts, resolve, validate
+from jaxlm.errors import UserError
+from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
+from jaxlm.huggingface.tensors import open_tensors, parse_json
+from jaxlm.models.families.family import Family, apply, read_config
+from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings
+
+PIECE_BYTES = 64 * 2**20  # of a tensor, read at once
+
+
+class Source(NamedTuple):
+    """A Hugging Face folder, opened: nothing but headers has been read."""
+
+    folder: str
+    values: dict  # config.json
+    family: Family
+    config: ConfigDict  # of jaxlm: defaults, what config.json says, and the overrides
+    tensors: dict  # {name: tensor}
+
+
+def open_source(folder: str, overrides=()) -> Source:
+    """Raises UserError: no such folder, or a model that jaxlm has not."""
+    from configs import default
+
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (download it first)")
+    config = default.get_config()
+    apply_overrides(config, [o for o in overrides if o.startswith("--config.imports=")])
+    if problems := import_parts(config.imports):
+        raise UserError(*problems)
+    values = parse_json(pathlib.Path(folder, "config.json"))
+    family, keys = read_config(values)
+    tensors = open_tensors(folder)
+    apply(config, keys)
+    narrow = all(t.kind == "BF16" for t in tensors.values())
+    config.model.param_dtype = "bfloat16" if narrow else "float32"
+    config.lock()
+    apply_overrides(config, overrides)
+    resolve(config)
+    validate(config)
+    return Source(folder, values, family, config, tensors)
+
+
+def is_hugging_face(folder: str) -> bool:
+    """Whether there is a config.json of Hugging Face's, not of a jaxlm run."""
+    file = pathlib.Path(folder, "config.json")
+    try:
+        return "model_type" in json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def load_params(source: Source, model: Model, mesh) -> Any:
+    """The parameters, each born on its devices. In host memory there is at most one of them, all its layers together, beside
+    those that are done.
+
+    Raises UserError: tensors that are missing, unknown or misshapen, all by name.
+    """
+    specs = flatten_paths(model.specs)
+    vocab_size = specs["embedding"].shape[0]
+    places = places_of(source.family, specs, source.config, vocab_size)
+    found = match_names(source.family, tensors_of(places, specs), source.tensors, source.config.model.tie_embeddings)
+    shardings = flatten_paths(parameter_shardings(mesh, model, source.config.mesh.zero_stage))
+
+    def load(path, spec):
+        pieces = {}  # a piece that several devices hold is read once
+
+        def piece(index):
+            key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
+            if key not in pieces:
+                pieces[key] = read_piece(places[path], spec, index, found)
+            return pieces[key]
+
+        array = jax.make_array_from_callback(spec.shape, shardings[path], piece)
+        return jax.block_until_ready(array)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model.specs, is_leaf=is_spec)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return tree.unflatten([load(name(path), spec) for path, spec in leaves])
+
+
+def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray:
+    """The part `index` of a parameter, from one tensor for each layer (and expert)."""
+    n = spec.num_stacked
+    ranges = [range(*s.indices(size)) for s, size in zip(index, spec.shape, strict=True)]
+    out = np.empty([len(r) for r in ranges], spec.dtype)
+    inner = tuple(slice(r.start, r.stop) for r in ranges[n:])
+    whole = all(len(r) == size for r, size in zip(ranges[n:], spec.shape[n:], strict=True))
+    for at in np.ndindex(*out.shape[:n]):
+        tensor = found[place.name_of(tuple(r[i] for r, i in zip(ranges, at, strict=False)))]
+        here = out[at] if whole else np.empty(spec.shape[n:], spec.dtype)
+        fill(place, tensor, here)
+        if not whole:
+            out[at] = here[inner]
+    return out
+
+
+def fill(place, tensor, here: np.ndarray) -> None:
+    """One tensor (or the part of it that `place` tells) -> a parameter of one layer, a piece at a time."""
+    there = place.layout.as_there(here)  # a view, whose first axes may be several that are one in the tensor
+    rows, columns = (place.start, place.stop), slice(None)
+    if place.axis == 1:
+        rows, columns = (0, tensor.shape[0]), slice(place.start, place.stop)
+    unit = int(np.prod(there.shape[1:])) * tensor.dtype.itemsize if there.ndim else 1
+    inner = (rows[1] - rows[0]) // there.shape[0]  # rows of the tensor in one step along the first axis
+    step = max(1, PIECE_BYTES // max(1, unit))
+    for first in range(0, there.shape[0], step):
+        last = min(first + step, there.shape[0])
+        piece = tensor.rows(rows[0] + first * inner, rows[0] + last * inner)
+        piece = piece[:, columns] if place.axis == 1 else piece
+        there[first:last] = piece.reshape(there[first:last].shape).astype(here.dtype, copy=False)

@@ -1,0 +1,14 @@
+"""Model families: what Hugging Face's names mean here. One short file each; importing this registers them."""
+
+from jaxlm.models.families import (  # noqa: F401
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
+from jaxlm.models.families.family import MODEL_TYPES, apply, read_config, read_folder  # noqa: F401

@@ -1,0 +1,80 @@
+"""Families: the published sizes have the published parameter counts, and each config.json says the same after a round trip."""
+
+import pytest
+
+from configs import default
+from jaxlm.config import load, resolve
+from jaxlm.errors import UserError
+from jaxlm.models.families import MODEL_TYPES, apply, read_config
+from jaxlm.models.families.family import differences, family_of, write_config
+from jaxlm.models.families.sizes import SIZES
+from jaxlm.train.state import build_model
+
+COUNTS = {  # each is what transformers counts too (`test_transformers_counts_the_same`)
+    "gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
+    "llama2_7b": 6_738_415_616, "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192, "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496, "llama3_1_8b": 8_030_261_248, "llama3_1_70b": 70_553_706_496,
+    "llama3_1_405b": 405_853_388_800, "llama3_2_1b": 1_235_814_400, "llama3_2_3b": 3_212_749_824, "mistral_7b": 7_241_732_096,
+    "mistral_7b_v0_3": 7_248_023_552, "qwen2_5_0_5b": 494_032_768, "qwen2_5_1_5b": 1_543_714_304, "qwen2_5_3b": 3_085_938_688,
+    "qwen2_5_7b": 7_615_616_512, "qwen2_5_14b": 14_770_033_664, "qwen2_5_32b": 32_763_876_352, "qwen2_5_72b": 72_706_203_648,
+    "qwen3_0_6b": 596_049_920, "qwen3_1_7b": 1_720_574_976, "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264, "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560, "mixtral_8x7b": 46_702_792_704, "mixtral_8x22b": 140_620_634_112,
+    "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320, "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952, "olmo2_1b": 1_484_916_736, "olmo2_7b": 7_298_617_344, "olmo2_13b": 13_716_198_400,
+    "olmo2_32b": 32_234_279_936, "phi3_mini": 3_821_079_552, "phi4": 14_659_507_200, "smollm3_3b": 3_075_098_624,
+}
+
+
+def config_of(values):
+    config = default.get_config()
+    family, keys = read_config(values)
+    apply(config, keys)
+    resolve(config)
+    return family, config
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts(size):
+    _, config = config_of(SIZES[size])
+    assert build_model(config, config.model.vocab_size, "plain").num_parameters == COUNTS[size]
+
+
+@pytest.mark.parametrize("size", ["gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "mixtral_8x7b",
+                                  "gemma2_9b", "gemma3_1b", "olmo2_7b", "phi4", "smollm3_3b"])
+def test_transformers_counts_the_same(size):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**SIZES[size])
+    config.pad_token_id = None
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == COUNTS[size]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_config_says_the_same_after_a_round_trip(size):
+    family, config = config_of(SIZES[size])
+    written = write_config(family, config)
+    assert differences(config, written) == []
+    again = read_config(written)[1]
+    first = read_config(SIZES[size])[1]
+    assert {k: v for k, v in again.items() if v or k in first} == {k: v or again[k] for k, v in first.items()}
+
+
+def test_each_family_is_found_by_what_it_alone_has():
+    for size in ("gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "gemma2_9b", "gemma3_1b",
+                 "olmo2_7b"):
+        family, config = config_of(SIZES[size])
+        assert family_of(config) is family
+    config.model.value_residual = True
+    with pytest.raises(UserError, match="no Hugging Face family has such a model.*value_residual"):
+        family_of(config)
+    assert {SIZES[size]["model_type"] for size in SIZES} == set(MODEL_TYPES)
+
+
+def test_a_published_size_is_a_preset():
+    config = load("configs/published.py:gemma2_9b", ["--config.seq_len=64"])
+    assert (config.model.attention_softcap, config.model.window_pattern, config.seq_len) == (50.0, "LG", 64)
+    with pytest.raises(UserError, match="did you mean gemma2_9b"):
+        load("configs/published.py:gemma2_9", [])

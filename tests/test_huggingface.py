@@ -1,0 +1,442 @@
+"""Hugging Face both ways: for every family the same logits as transformers, and the same bytes after a round trip."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hf_models import CASES, PIECES, TOKENS, answers, golden, text_rows
+
+from jaxlm.cli import main
+from jaxlm.errors import UserError
+from jaxlm.huggingface.convert import import_run
+from jaxlm.huggingface.load import load_params, open_source
+from jaxlm.huggingface.mapping import places_of, tensors_of
+from jaxlm.huggingface.save import config_extras, save
+from jaxlm.huggingface.tensors import DTYPES, Planned, open_tensors, write_shards
+from jaxlm.models.families import MODEL_TYPES
+from jaxlm.parallel.mesh import build_mesh
+from jaxlm.train.state import build_model, flatten_paths
+
+WITHIN = 1e-4  # absolute, of logits of a few units
+ISOLATED = ("--config.data.isolate_documents=True", "--config.mesh.data=1")
+
+
+def opened(folder, *overrides, devices=1):
+    source = open_source(str(folder), (*ISOLATED, *overrides))
+    mesh = build_mesh(source.config, jax.devices()[:devices])
+    model = build_model(source.config, source.config.model.vocab_size, "plain")
+    return source, model, mesh, load_params(source, model, mesh)
+
+
+def logits_of_rows(model, params):
+    tokens, segments, positions = text_rows()
+
+    @jax.jit
+    def run(params):
+        module = nnx.merge(model.graph, params)
+        return module.logits(module.hidden(tokens, positions, segments)[0])
+
+    return np.asarray(run(params))
+
+
+def logits_by_the_token(model, params, tokens_T):
+    """Through the key/value cache, one at a time."""
+
+    @jax.jit
+    def run(params):
+        module = nnx.merge(model.graph, params)
+
+        def step(carry, token):
+            cache, index = carry
+            x, cache, _ = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index)
+            return (cache, index + 1), module.logits(x)[0, 0]
+
+        return jax.lax.scan(step, (module.init_cache(1, len(tokens_T)), 0), jnp.asarray(tokens_T))[1]
+
+    return np.asarray(run(params))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name):
+    """At every position of a text, of two documents packed in a row, of one with padding, and token by token."""
+    folder, wanted = golden(name)
+    _, model, _, params = opened(folder)
+    found = logits_of_rows(model, params)[..., :TOKENS]
+    for (row, begin, end), logits in zip(PIECES, wanted, strict=True):
+        np.testing.assert_allclose(found[row, begin:end], logits, atol=WITHIN, rtol=0, err_msg=f"row {row}, from {begin}")
+    assert np.abs(wanted[0]).max() > 1
+    by_the_token = logits_by_the_token(model, params, text_rows()[0][0])[:, :TOKENS]
+    np.testing.assert_allclose(by_the_token, wanted[0], atol=WITHIN, rtol=0)
+
+
+def same_tensors(one, other):
+    one, other = open_tensors(str(one)), open_tensors(str(other))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.kind, tensor.shape) == (other[name].kind, other[name].shape), name
+        assert tensor.rows(0, tensor.shape[0]).tobytes() == other[name].rows(0, tensor.shape[0]).tobytes(), name
+
+
+def exported(folder, to, *overrides, **options):
+    source, model, mesh, params = opened(folder, *overrides)
+    save(str(to), source.family, source.config, model, params, mesh, config_extras(source.values), {}, **options)
+
+
+@pytest.fixture
+def warnings_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    yield lines
+    logger.removeHandler(handler)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_trip_is_bit_equal(name, tmp_path):
+    folder, _ = golden(name)
+    exported(folder, tmp_path / "out")
+    same_tensors(folder, tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out"], "something is left beside it"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_stored(name, tmp_path, warnings_of_transformers):
+    folder, wanted = golden(name)
+    exported(folder, tmp_path / "out")
+    found = answers(str(tmp_path / "out"))
+    assert warnings_of_transformers == []
+    for logits, stored in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(logits[:, :TOKENS], stored, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_transformers(name):
+    """Of the loss of the first text, for a tensor near the end, one in the middle and one at the start."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder, _ = golden(name)
+    source, model, _, params = opened(folder)
+    tokens = text_rows()[0][:1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    logits = theirs(torch.from_numpy(tokens).long()).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[0, 1:]).long()).backward()
+    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        module = nnx.merge(model.graph, params)
+        log_p = jax.nn.log_softmax(module.logits(module.hidden(tokens)[0])[0, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1))
+
+    found, specs = flatten_paths(gradient(params)), flatten_paths(model.specs)
+    compared = 0
+    for tensor, (_, parts) in tensors_of(places_of(source.family, specs, source.config, 96), specs).items():
+        if tensor in wanted and any(part in tensor for part in ("norm.weight", "ln_", "wpe", "1.self_attn", "1.attn", "embed")):
+            mine = [place.layout.to_there(np.asarray(found[path][index])) for path, index, place in parts]
+            mine = np.concatenate(mine, parts[0][2].axis)
+            scale = np.abs(wanted[tensor]).max()
+            np.testing.assert_allclose(mine, wanted[tensor], atol=1e-4 * scale, rtol=0, err_msg=tensor)
+            compared += 1
+    assert compared > 5
+
+
+def test_a_lacking_tensor_would_be_warned_of(tmp_path, warnings_of_transformers):
+    """That the test above can fail."""
+    folder = copy_of(tmp_path)
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    answers(str(folder))
+    assert "model.norm.weight" in "".join(warnings_of_transformers)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------------
+
+
+def copy_of(tmp_path, name="llama2", **fields):
+    """The folder of a model, to be spoilt, with these fields of config.json changed."""
+    folder = tmp_path / name
+    shutil.copytree(golden(name)[0], folder)
+    if fields:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | fields))
+    return folder
+
+
+def test_shards_with_an_index_and_bfloat16(tmp_path):
+    folder = copy_of(tmp_path)
+    exported(folder, tmp_path / "narrow", "--config.model.param_dtype=bfloat16", shard_bytes=20_000)
+    names = sorted(f.name for f in (tmp_path / "narrow").glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    source, *_ = opened(tmp_path / "narrow")
+    assert source.config.model.param_dtype == "bfloat16"
+    exported(tmp_path / "narrow", tmp_path / "again")
+    same_tensors(tmp_path / "narrow", tmp_path / "again")
+    (tmp_path / "narrow" / names[1]).unlink()
+    with pytest.raises(UserError, match=f"names {names[1]}, which is not there"):
+        opened(tmp_path / "narrow")
+
+
+def test_a_bin_is_read_by_its_weights_alone(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = copy_of(tmp_path)
+    tensors = {name: torch.from_numpy(t.rows(0, t.shape[0])) for name, t in open_tensors(str(folder)).items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    *_, params = opened(folder)
+    np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"].numpy())
+
+    class Harm:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model.norm.weight": Harm()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="weights-only loader refuses it"):
+        opened(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_mesh_gets_its_own_shards(tmp_path):
+    folder = copy_of(tmp_path, "qwen3_moe")
+    *_, whole = opened(folder)
+    overrides = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor", "expert")]
+    *_, params = opened(folder, *overrides, devices=8)
+    for path, array in flatten_paths(params).items():
+        np.testing.assert_array_equal(array, flatten_paths(whole)[path], err_msg=path)
+    up = params["layers"]["feedforward"]["experts"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size == up.size // 8
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    tensors = {name: t.rows(0, t.shape[0]) for name, t in open_tensors(str(folder)).items()}
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    planned = [Planned(name, a.dtype, a.shape, lambda a=a: a) for name, a in tensors.items()]
+    write_shards(folder, planned, 10**9)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_named(tmp_path, monkeypatch):
+    folder = copy_of(tmp_path)
+
+    def spoil(tensors):
+        tensors.pop("model.layers.2.mlp.up_proj.weight")
+        tensors["model.layers.9.extra"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(31, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int64)
+
+    monkeypatch.setitem(DTYPES, "I64", np.dtype(np.int64))  # to write it
+    rewrite(folder, spoil)
+    monkeypatch.undo()
+    with pytest.raises(UserError) as error:
+        opened(folder)
+    said = error.value.problems
+    assert len(said) == 4
+    for name, what in (("model.layers.2.mlp.up_proj.weight", "missing"), ("model.layers.9.extra", "no such tensor"),
+                       ("model.norm.weight", r"is (31,), config.json says (32,)"), ("lm_head.weight", "type I64")):
+        assert any(line.startswith(name) and what in line for line in said), name
+
+
+@pytest.mark.parametrize("name, fields, said", [
+    ("llama2", dict(hidden_act="gelu"), "hidden_act='gelu' is not implemented; only 'silu'"),
+    ("llama2", dict(clever_new_field=3), "clever_new_field=3 is not a field"),
+    ("llama2", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("llama2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_scaling='dynamic'"),
+    ("llama2", dict(rope_parameters=dict(rope_type="linear", factor=2.0, odd=1)), "rope_scaling.odd=1"),
+    ("llama2", dict(hidden_size="wide"), "gives 'wide' for model.embed_dim"),
+    ("llama2", dict(model_type="mamba"), "unknown Hugging Face family"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\]"),
+    ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+    ("gemma2", dict(layer_types=["chunked_attention"] * 4), "layer_types=.*chunked_attention"),
+])
+def test_config_fields_that_are_not_implemented_are_refused_by_name(name, fields, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        opened(copy_of(tmp_path, name, **fields))
+
+
+def test_older_forms_of_a_checkpoint_are_read(tmp_path):
+    """rope_theta and rope_scaling of transformers 4; names of the bare model; a tied head that is stored; buffers."""
+    folder = copy_of(tmp_path, "llama3")
+    *_, wanted = opened(folder)
+    values = json.loads((folder / "config.json").read_text())
+    scaling = values.pop("rope_parameters")
+    values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling | {"type": "llama3"}}
+    (folder / "config.json").write_text(json.dumps(values))
+
+    def as_before(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"].copy()
+
+    rewrite(folder, as_before)
+    source, *_, params = opened(folder)
+    assert source.config.model.rope_scaling == "llama3" and source.config.model.rope_theta == 1e4
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((5, 5), 7.0))
+    with pytest.raises(UserError, match="lm_head.weight: differs"):
+        opened(folder)
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path):
+    folder = copy_of(tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content, said in ((whole[:-100], "cut off within"), (whole[:50], "cut off"), (b"PK\3\4" * 40, "not a safetensors file")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            opened(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        opened(folder)
+    with pytest.raises(UserError, match="no such folder"):
+        opened(tmp_path / "nowhere")
+
+
+def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkeypatch):
+    folder = copy_of(tmp_path)
+    from jaxlm.huggingface import layout
+
+    to_there = layout.Layout.to_there
+    swapped = lambda self, a: to_there(self, a)[::-1] if self.there == self.here == (32,) else to_there(self, a)
+    monkeypatch.setattr(layout.Layout, "to_there", swapped)
+    with pytest.raises(UserError, match="nothing was published"):
+        exported(folder, tmp_path / "out")
+    monkeypatch.undo()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxlm.huggingface.save.write_json", full)
+    with pytest.raises(UserError, match="No space left"):
+        exported(folder, tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="is there already"):
+        exported(folder, tmp_path / "out")
+
+
+def test_a_model_that_no_family_has_is_refused_by_the_key(tmp_path):
+    source, model, mesh, params = opened(copy_of(tmp_path))
+    source.config.model.value_residual = True
+    with pytest.raises(UserError, match="model.value_residual=True"):
+        save(str(tmp_path / "out"), source.family, source.config, model, params, mesh, {}, {})
+
+
+def test_wrong_arguments_of_convert_end_with_2(tmp_path, capsys):
+    assert main(["convert", f"--workdir={tmp_path}"]) == 2
+    assert main(["convert", f"--from={tmp_path}", f"--to={tmp_path}", f"--workdir={tmp_path}"]) == 2
+    assert main(["convert", f"--from={tmp_path}", "--family=llama", f"--workdir={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("give one of --from") == 2 and "--family=llama: is of --to" in said
+    folder = copy_of(tmp_path)
+    with pytest.raises(UserError, match="is not empty; use another"):
+        import_run(str(folder), str(tmp_path))
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(97)}, "unk_token": "w0"},
+                 "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
+                 "truncation": None, "padding": None}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="has 97 ids, config.json says vocab_size=96"):
+        import_run(str(folder), str(tmp_path / "run"))
+
+
+# ---- The verbs -------------------------------------------------------------------------------------------------------------
+
+
+def jaxlm(*args):
+    done = subprocess.run([sys.executable, "-m", "jaxlm.cli", *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_convert_generate_eval_train_and_back(tmp_path):
+    """A whole folder with a tokenizer; and the fine-tuned run goes back with all that came with it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = copy_of(tmp_path)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    text = "to be or not to be that is the question and more of it " * 60
+    inner.train_from_iterator([text], trainer)
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    (tmp_path / "text.txt").write_text(text)
+    data = (f"--config.data.path={tmp_path / 'text.txt'}", "--config.seq_len=16")
+    said = jaxlm("convert", f"--from={folder}", f"--workdir={tmp_path / 'run'}", *data)
+    assert "llama, 37,152 parameters" in said and "peak host memory" in said, said
+    assert "to" in jaxlm("generate", f"--workdir={tmp_path / 'run'}", "--prompt=to be", "--tokens=3")
+    assert '"loss"' in jaxlm("eval", f"--workdir={tmp_path / 'run'}", "--json")
+    start = [f"--config={pathlib.Path(__file__).parent.parent / 'configs/default.py'}", "--config.steps=2",
+             "--config.batch_size=2", "--config.schedule.warmup_steps=0", "--config.observe.report=False", *data]
+    losses = []
+    for origin in (folder, tmp_path / "run"):
+        tuned = tmp_path / f"tuned-{origin.name}"
+        jaxlm("train", *start, f"--config.model.from_pretrained={origin}", f"--workdir={tuned}", "--config.observe.log_every=1")
+        losses.append([json.loads(line)["loss"] for line in (tuned / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1]
+    jaxlm("convert", f"--workdir={tuned}", f"--to={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in folder.iterdir()}
+    before, after = (opened(f)[-1] for f in (folder, tmp_path / "out"))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+    assert all(0 < change < 0.1 for change in jax.tree.leaves(moved)), moved
+
+
+def test_training_does_not_import_this():
+    done = subprocess.run([sys.executable, "-c", "import sys, jaxlm.cli, jaxlm.train.loop; "
+                           "print([m for m in sys.modules if m.startswith(('jaxlm.huggingface', 'torch', 'transformers'))])"],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_family_of_the_docs_goes_both_ways(tmp_path, monkeypatch):
+    """The example of docs/huggingface.md: a Qwen 3 whose projections are fused and whose fields have other names."""
+    docs = (pathlib.Path(__file__).parent.parent / "docs/huggingface.md").read_text()
+    (tmp_path / "my_family.py").write_text(docs.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(MODEL_TYPES, "_entries", dict(MODEL_TYPES._entries))
+    folder = copy_of(tmp_path, "qwen3", tie_word_embeddings=False, model_type="stablemoon")
+    *_, wanted = opened(golden("qwen3")[0])
+    values = json.loads((folder / "config.json").read_text())
+    values["norm_epsilon"] = values.pop("rms_norm_eps")
+    kept = {name: value for name, value in values.items() if name not in (
+        "attention_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+    def fuse(tensors):
+        for i in range(4):
+            parts = [tensors.pop(f"model.layers.{i}.self_attn.{x}_proj.weight") for x in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.qkv.weight"] = np.concatenate(parts)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    rewrite(folder, fuse)
+    use = "--config.imports=('my_family',)"
+    *_, params = opened(folder, use)
+    for path, array in flatten_paths(params["layers"]).items():
+        np.testing.assert_array_equal(array, flatten_paths(wanted["layers"])[path], err_msg=path)
+    exported(folder, tmp_path / "out", use)
+    same_tensors(folder, tmp_path / "out")
+
+
+def test_the_docs_tell_of_every_family():
+    docs = (pathlib.Path(__file__).parent.parent / "docs/huggingface.md").read_text()
+    assert all(f"(`{name}`)" in docs for name in MODEL_TYPES)
