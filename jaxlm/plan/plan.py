@@ -100,9 +100,11 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
     if file and file.exists() and not keep:
         stored = json.loads(file.read_text())
         return (None, OutOfMemory(*stored["refused"])) if "refused" in stored else (Compiled(**stored), None)
+    from jaxlm.train.bench import empty_compile_cache
     from jaxlm.train.program import build_program
 
-    with cache_of_programs(target.devices[0] in jax.devices()):
+    # JAX's own cache could not load a program for devices that are not there, and one that it loaded for a CPU cannot be saved.
+    with contextlib.nullcontext() if target.devices[0] in jax.devices() and not keep else empty_compile_cache():
         program = build_program(config, sizes.vocab_size, target.devices)
         try:
             compiled, refused = compile_step(program, attention_work(config)), None
@@ -115,17 +117,6 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
         temporary.write_text(json.dumps(facts))
         temporary.replace(file)
     return compiled, refused
-
-
-@contextlib.contextmanager
-def cache_of_programs(on: bool):
-    """JAX's own cache of compiled programs, on as before, or off: it could not load one for devices that are not there."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", before and on)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def key_of(config, target: Target, sizes: Sizes) -> str:
