@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.rope_high_freq_factor = 4.0  # shorter than rope_original_len / this are not
     c.model.rope_beta_fast = 32.0  # of yarn: turns in rope_original_len from which waves are not scaled,
     c.model.rope_beta_slow = 1.0  # and up to which they are
+    c.model.rope_truncate = True  # of yarn: the waves scaled in part begin and end at whole places (GPT-OSS: not)
     c.model.rope_attention_factor = 0.0  # of yarn, longrope: multiplies the rotated queries and keys; 0: as their papers say
     c.model.rope_short_factors = ()  # of longrope: divisor of each frequency while seq_len <= rope_original_len,
     c.model.rope_long_factors = ()  # and where it is longer
@@ -61,15 +62,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.window_pattern = "G"  # repeated over layers: L local (window), G global. "LLLLLG" is Gemma 3
     c.model.attention_softcap = 0.0  # cap*tanh(scores/cap); 0: none
     c.model.attention_scale_dim = 0  # scores are multiplied by 1/sqrt of this; 0: head_dim
+    c.model.attention_sinks = False  # a learned logit for each head joins the softmax and brings no value (GPT-OSS)
     c.model.attention_bias = False
     c.model.attention_out_bias = True  # with attention_bias: the output projection has one too (Qwen 2: not)
-    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2, moe (mixture of experts)
-    c.model.mlp_bias = False
+    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2, clamped_swiglu (GPT-OSS), moe (mixture of experts)
+    c.model.mlp_bias = False  # of experts too
     c.model.num_experts = 8  # the keys from here to bias_update_rate are of feedforward=moe
     c.model.experts_per_token = 2
-    c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2
+    c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2, clamped_swiglu
     c.model.shared_experts = 0  # experts that see every token, beside the routed ones
     c.model.router_score = "softmax"  # softmax, sigmoid
+    c.model.router_bias = False  # a learned bias of the router's logits
     c.model.router_normalize = True  # the weights of a token's experts sum to 1
     c.model.routing = "dropless"  # dropless, or capacity: an expert takes only so many tokens of a row, the rest pass it by
     c.model.capacity_factor = 1.25  # of routing=capacity: places of an expert in a row, as a multiple of its equal share

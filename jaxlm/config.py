@@ -179,7 +179,6 @@ def validate(config: ConfigDict) -> None:
         check(m.shared_experts >= 0, f"model.shared_experts={m.shared_experts}: must not be negative")
         check(m.capacity_factor > 0, f"model.capacity_factor={m.capacity_factor}: must be above 0; 1 is an equal share")
         check(m.bias_update_rate >= 0, f"model.bias_update_rate={m.bias_update_rate}: must not be negative; 0 is off")
-        check(not m.mlp_bias, "model.mlp_bias=True: experts have no bias; set it to False")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
@@ -191,7 +190,8 @@ def validate(config: ConfigDict) -> None:
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
-               "kernels.context": ("ring", "all_gather"), "model.expert_form": ("swiglu", "geglu", "gelu", "relu2"),
+               "kernels.context": ("ring", "all_gather"),
+               "model.expert_form": ("swiglu", "geglu", "gelu", "relu2", "clamped_swiglu"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
                "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never"),
                "kernels.quantization": ("none", "int8", "fp8")}

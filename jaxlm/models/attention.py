@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.kernels.attention import attend
+from jaxlm.kernels.attention import Extras, attend
 from jaxlm.kernels.matmul import dense, dense_together, pays_together
 from jaxlm.kernels.quantized import form_of
 from jaxlm.models.norms import build_norm
@@ -29,6 +29,8 @@ class Attention(nnx.Module):
         self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
         self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
         self.out = OutProjection(m, rngs, inits.output(N * H), form_of(config, "attention.out"))
+        if m.attention_sinks:
+            self.sink_bias = parameter(rngs, (N,), ("heads",), constant(0.0), m.param_dtype)
         if m.qk_norm:
             self.norm_heads = m.qk_norm_over == "head"
             sizes = (H, H) if self.norm_heads else (N * H, K * H)
@@ -66,8 +68,11 @@ class Attention(nnx.Module):
             cache = (k_BSKH, v_BSKH)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
-                          context_method=context.context_method)
+                          context_method=context.context_method, extras=self.extras())
         return named("attention_out", self.out(out_BTNH)), first_value, cache
+
+    def extras(self):
+        return Extras(sinks_N=self.sink_bias[...].astype(jnp.float32) if hasattr(self, "sink_bias") else None)
 
     def normalise(self, norm, x_BTNH):
         return norm(x_BTNH) if self.norm_heads else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)

@@ -17,7 +17,8 @@ from jaxlm.parallel.rules import mesh_size, on_a_mesh, spec_of_axes
 
 AXIS = "expert"
 SLACK = 2.0
-KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
+KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed"),
+               "up_bias": ("expert", "mlp"), "gate_bias": ("expert", "mlp"), "down_bias": ("expert", None)}
 
 
 def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
@@ -25,7 +26,7 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
 
     run: (rows_XD, sizes_E, kernels) -> rows_XD: rows in the order of their experts through those experts, kernels by `gather`.
     choices_BTK: expert of each choice; the number of experts (one too many) where a token goes to none and zeros come back.
-    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}.
+    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}, and biases "up_bias": (E, F), ... where there are any.
     """
     if not on_a_mesh():
         return combine(through_own(run, x_BTD, choices_BTK, kernels), weights_BTK).astype(x_BTD.dtype)

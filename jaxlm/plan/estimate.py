@@ -79,7 +79,7 @@ class Dimensions:
         self.D, self.V = m.embed_dim, vocab_size / self.tensor
         self.q, self.kv = m.num_heads * m.head_dim / self.tensor, m.num_kv_heads * m.head_dim / self.tensor
         gated = m.expert_form if m.feedforward == "moe" else m.feedforward
-        self.ups = 2 if gated in ("swiglu", "geglu") else 1
+        self.ups = 2 if gated in ("swiglu", "geglu", "clamped_swiglu") else 1
         self.moe = m.feedforward == "moe"
         copies = m.experts_per_token + m.shared_experts if self.moe else 1  # of a token, each through a feed-forward
         self.F = copies * m.mlp_dim / self.tensor
