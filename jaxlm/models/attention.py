@@ -16,6 +16,11 @@ from jaxlm.registry import Registry
 ATTENTIONS = Registry("attention", key="model.attention")
 
 
+def query_scale(m) -> float:
+    """What multiplies queries, beside the 1/sqrt(head_dim) of `attend`."""
+    return m.attention_score_factor * ((m.head_dim / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0)
+
+
 @ATTENTIONS.register("multihead")
 class Attention(nnx.Module):
     """Multi-head attention; grouped-query with fewer key/value heads, multi-query with one (arXiv:2305.13245)."""
@@ -24,7 +29,7 @@ class Attention(nnx.Module):
         m = config.model
         N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
         self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
-        self.query_scale = (H / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0  # beside 1/sqrt(H) of `attend`
+        self.query_scale = query_scale(m)
         self.query = Projection(m, rngs, N, inits.hidden(D), form_of(config, "attention.query"))
         self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
         self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
@@ -37,6 +42,11 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (build_norm(config, size, rngs) for size in sizes)
         if m.value_residual:
             self.mix = parameter(rngs, (), (), constant(0.5), m.param_dtype)
+
+    @staticmethod
+    def cache_shapes(m):
+        """Of what a cache holds of one token: the key, the value."""
+        return (m.num_kv_heads, m.head_dim), (m.num_kv_heads, m.head_dim)
 
     def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """-> (x_BTD, v_BSKH of the first layer, cache with this step's keys and values written).
@@ -108,9 +118,9 @@ class Projection(nnx.Module):
 class OutProjection(nnx.Module):
     """Heads BTNH -> x_BTD."""
 
-    def __init__(self, m, rngs, init, form: str):
+    def __init__(self, m, rngs, init, form: str, size=None):
         self.form = form
-        shape, axes = (m.num_heads, m.head_dim, m.embed_dim), ("heads", None, "embed")
+        shape, axes = (m.num_heads, size or m.head_dim, m.embed_dim), ("heads", None, "embed")
         self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
         if m.attention_bias and m.attention_out_bias:
             self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import layer_period
-from jaxlm.models import moe  # noqa: F401  registers itself
+from jaxlm.models import latent, moe  # noqa: F401  register themselves
 from jaxlm.models.attention import ATTENTIONS
-from jaxlm.models.feedforward import FEEDFORWARDS
+from jaxlm.models.feedforward import FEEDFORWARDS, FeedForward
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal
 from jaxlm.parallel.rules import constrain
@@ -64,7 +64,9 @@ class Inits(NamedTuple):
 
 
 class Block(nnx.Module):
-    def __init__(self, config, rngs):
+    """dense: with one feed-forward, as the first layers of some mixtures of experts have."""
+
+    def __init__(self, config, rngs, dense: bool = False):
         m = config.model
         inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
         self.parallel = m.block == "parallel"
@@ -74,7 +76,10 @@ class Block(nnx.Module):
         self.post_norm1 = norm("post")
         if not self.parallel:
             self.norm2 = norm("pre")
-        self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
+        if dense:
+            self.feedforward = FeedForward(config, rngs, inits, m.expert_form, m.dense_mlp_dim or m.mlp_dim)
+        else:
+            self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
         self.post_norm2 = norm("post")
 
     def __call__(self, x_BTD, context: Context, kind: LayerKind, first_value=None, is_first=False, cache=None, keys_BT=None):

@@ -17,7 +17,7 @@ from jaxlm.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from jaxlm.models.feedforward import FEEDFORWARDS, FORMS, FeedForward, activate
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.parallel import target
-from jaxlm.parallel.expert import KERNEL_AXES, choose, dispatch, gather
+from jaxlm.parallel.expert import KERNEL_AXES, best_groups, choose, dispatch, gather
 from jaxlm.parallel.rules import constrain, mesh_size
 
 
@@ -52,12 +52,23 @@ class MixtureOfExperts(nnx.Module):
         return y_BTD + self.shared(x_BTD)[0] if hasattr(self, "shared") else y_BTD, stats
 
 
+class Limit(NamedTuple):
+    """Of the groups of experts that a token may go to; see `best_groups`."""
+
+    groups: int
+    kept: int
+    best: int
+
+
 class Router(nnx.Module):
     """Scores in float32; ties go to the expert with the lower number."""
 
     def __init__(self, config, rngs, inits):
         m = config.model
         self.score, self.normalize, self.experts_per_token = m.router_score, m.router_normalize, m.experts_per_token
+        self.scale, self.limit = m.router_scale, None
+        if m.router_groups > 1:
+            self.limit = Limit(m.router_groups, m.router_groups_per_token, m.router_group_best)
         self.kernel = parameter(rngs, (m.embed_dim, m.num_experts), ("embed", None), inits.hidden(m.embed_dim), num_inputs=1)
         if m.router_bias:
             self.logit_bias = parameter(rngs, (m.num_experts,), (None,), constant(0.0))
@@ -72,10 +83,13 @@ class Router(nnx.Module):
             logits_BTE = logits_BTE + self.logit_bias[...]
         scores_BTE = jax.nn.softmax(logits_BTE) if self.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         preferred_BTE = jax.lax.stop_gradient(scores_BTE + self.bias[...] if hasattr(self, "bias") else scores_BTE)
-        choices_BTK = choose(preferred_BTE, self.experts_per_token)
+        limit = partial(best_groups, **self.limit._asdict()) if self.limit else None
+        choices_BTK = choose(preferred_BTE, self.experts_per_token, limit)
         weights_BTK = jnp.take_along_axis(scores_BTE, choices_BTK, axis=-1)
         if self.normalize:
             weights_BTK = weights_BTK / (jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20)
+        if self.scale != 1.0:
+            weights_BTK = weights_BTK * self.scale
         return choices_BTK, weights_BTK, self.stats(logits_BTE, scores_BTE, choices_BTK, live_BT)
 
     def stats(self, logits_BTE, scores_BTE, choices_BTK, live_BT):

@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
+from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import build_norm
@@ -36,8 +37,8 @@ class Transformer(nnx.Module):
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
-        self.cache_shape = (m.num_kv_heads, m.head_dim)
-        self.pattern, self.num_layers = layer_kinds(m), m.num_layers
+        self.value_shape, self.cache_shapes = (m.num_kv_heads, m.head_dim), ATTENTIONS[m.attention].cache_shapes(m)
+        self.pattern, self.num_layers, self.num_dense = layer_kinds(m), m.num_layers, m.first_dense_layers
         self.vocab_size = vocab_size
         self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
                                    m.param_dtype)
@@ -46,8 +47,9 @@ class Transformer(nnx.Module):
         self.position = build_position(config, rngs)
         if m.embed_norm:
             self.embed_norm = build_norm(config, m.embed_dim, rngs)
-        make = nnx.split_rngs(splits=m.num_layers)(nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0))
-        self.layers = make(rngs)
+        if self.num_dense:
+            self.first_layers = stack_blocks(self.num_dense, lambda r: Block(config, r, dense=True), rngs)
+        self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r), rngs)
         self.final_norm = build_norm(config, m.embed_dim, rngs)
         if not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
@@ -94,11 +96,17 @@ class Transformer(nnx.Module):
 
     def _run_layers(self, x_BTD, context, keys_BT, cache):
         """All blocks in order -> (x_BTD, cache, stats), the last two stacked over layers, or None; over the stages of a pipeline
-        where the mesh has them."""
-        graph, stacked = nnx.split(self.layers)
+        where the mesh has them. Stats are of `layers` only."""
         if mesh_size("stage") == 1:
-            return self._run_some(graph, stacked, 0, x_BTD, None, context, keys_BT, cache)[1:]
-        value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype) if self.value_residual else None
+            value, caches, first = None, {}, 0
+            for name, length in self.stacks.items():
+                graph, stacked = nnx.split(getattr(self, name))
+                value, x_BTD, caches[name], stats = self._run_some(graph, stacked, first, x_BTD, value, context, keys_BT,
+                                                                   None if cache is None else cache[name])
+                first += length
+            return x_BTD, None if cache is None else caches, stats
+        graph, stacked = nnx.split(self.layers)
+        value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype) if self.value_residual else None
         known = all(len(table) == 1 for table in jax.tree.leaves(context.rope))  # the same for every row: not dealt out
 
         def stage(layers, first_layer, x, rows):
@@ -135,7 +143,7 @@ class Transformer(nnx.Module):
                 outs.append(out)
             return value, x_BTD, *stack(outs)
         if self.value_residual and value is None:
-            value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype)
+            value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype)
 
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
@@ -150,6 +158,12 @@ class Transformer(nnx.Module):
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @property
+    def stacks(self) -> dict:
+        """{"layers": number of layers}, and before them "first_layers" where there are any."""
+        first = {"first_layers": self.num_dense} if self.num_dense else {}
+        return {**first, "layers": self.num_layers - self.num_dense}
+
+    @property
     def head_kernel(self):
         """(D, V): the transposed embedding where tied."""
         return self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
@@ -160,10 +174,15 @@ class Transformer(nnx.Module):
         return softcap(logits, self.final_softcap)
 
     def init_cache(self, batch: int, length: int):
-        """For decoding up to `length` tokens: (tokens (B, S), (keys, values) of every layer, each (L, B, S, K, H))."""
-        shape = (self.num_layers, batch, length, *self.cache_shape)
-        return (jnp.zeros((batch, length), jnp.int32),
-                (jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)))
+        """For decoding up to `length` tokens: (tokens (B, S), {"layers": (keys, values)}), each (L, B, S, K, H); or whatever else
+        the attention keeps of a token."""
+        zeros = lambda L: tuple(jnp.zeros((L, batch, length, *shape), self.compute_dtype) for shape in self.cache_shapes)
+        return jnp.zeros((batch, length), jnp.int32), {name: zeros(layers) for name, layers in self.stacks.items()}
+
+
+def stack_blocks(number: int, build, rngs):
+    """`number` blocks, each parameter stacked along a new first axis."""
+    return nnx.split_rngs(splits=number)(nnx.vmap(build, in_axes=0, out_axes=0))(rngs)
 
 
 def unstack(tree, length: int) -> list:

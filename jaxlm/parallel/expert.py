@@ -42,13 +42,22 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
         x_BTD, choices_BTK, weights_BTK, kernels)
 
 
-def choose(preferred_BTE, count: int):
+def choose(preferred_BTE, count: int, limit=None):
     """-> choices_BTK, the `count` experts with the highest numbers; of equals, the lower one. XLA's partitioner would gather the
-    whole batch for it."""
-    top, tokens = lambda a: jax.lax.top_k(a, count)[1], spec_of_axes(("batch", "seq", None))
+    whole batch for it. limit: applied to the numbers first, token by token."""
+    top, tokens = lambda a: jax.lax.top_k(limit(a) if limit else a, count)[1], spec_of_axes(("batch", "seq", None))
     if on_a_mesh():
         top = jax.shard_map(top, in_specs=tokens, out_specs=tokens, check_vma=False)
     return top(preferred_BTE)
+
+
+def best_groups(preferred_BTE, groups: int, kept: int, best: int):
+    """Node-limited routing (DeepSeek-V2, arXiv:2405.04434, 2.2.2): -inf but for the experts of those `kept` of `groups` equal
+    groups whose `best` highest numbers have the largest sum."""
+    grouped_BTGE = preferred_BTE.reshape(*preferred_BTE.shape[:-1], groups, -1)
+    score_BTG = jnp.sum(jax.lax.top_k(grouped_BTGE, best)[0], axis=-1)
+    chosen_BTG = jnp.any(jax.lax.top_k(score_BTG, kept)[1][..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(chosen_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(preferred_BTE.shape)
 
 
 def gather(name: str, kernel):

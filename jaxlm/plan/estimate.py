@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.kernels.cross_entropy import chunk_tokens
 from jaxlm.models.remat import DOTS, KERNEL, POLICIES
+from jaxlm.observe.throughput import attention_width
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.parallel.mesh import SLOW
 from jaxlm.parallel.rules import BATCH
@@ -130,7 +131,7 @@ def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) 
 
 
 def in_layers(path: str) -> bool:
-    return path.startswith("layers/")
+    return path.startswith(("layers/", "first_layers/"))
 
 
 def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, float]:
@@ -194,7 +195,7 @@ def attention_work(config, whole_squares: bool = False) -> float:
     result_kept = config.model.remat == "none" or KERNEL in (*on_device, *on_host)
     again = 0 if config.model.remat == "none" else 2 if not result_kept else 1 if whole_squares else 0  # `plain` needs its scores
     products = 2 + again + (4 if whole_squares else 7)
-    tokens, width = config.batch_size * config.seq_len, config.model.num_heads * config.model.head_dim
+    tokens, width = config.batch_size * config.seq_len, attention_width(config.model)
     return tokens * products * 2 * width * reach(config) * (1 if whole_squares else 0.5)
 
 
@@ -202,7 +203,7 @@ def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, floa
     """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
     m, tokens = config.model, config.batch_size * config.seq_len
     matmul = sizes.model.num_matmul_parameters
-    model_flops = tokens * (6 * matmul + 6 * m.num_heads * m.head_dim * reach(config))
+    model_flops = tokens * (6 * matmul + 6 * attention_width(m) * reach(config))
     on_device, on_host = kept(m.remat)
     again = 0.0
     if m.remat != "none":
