@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.imports = ()  # modules imported first, which register out-of-tree parts: ("my_ablation",)
 
     c.model = ConfigDict()
-    c.model.family = "decoder"
+    c.model.family = "decoder"  # decoder, encoder (every token sees all)
     c.model.num_layers = 4
     c.model.embed_dim = 128
     c.model.num_heads = 4
@@ -35,7 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.norm_eps = 1e-6
     c.model.norm_scale = True  # learned scale (and bias, for layer) in each norm
     c.model.norm_scale_from_one = False  # of rms: stored is what the scale is above 1 (Gemma)
-    c.model.norm_place = "pre"  # pre: before attention and feed-forward; post: after (OLMo 2); both (Gemma)
+    c.model.norm_place = "pre"  # pre: before attention and feed-forward; post: after (OLMo 2); both (Gemma);
+    # sum: of the residual stream after each is added (BERT)
+    c.model.token_types = 0  # kinds of tokens with a vector each, added to the embedding (BERT: 2)
     c.model.embed_norm = False  # one more norm right after the embedding
     c.model.ngram_max = 1  # also embed the last 2 ... ngram_max tokens, hashed (arXiv:2412.09871); 1: tokens alone
     c.model.ngram_buckets = 8192  # vectors for each n
@@ -69,11 +71,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.attention_score_factor = 1.0  # multiplies scores too (DeepSeek with yarn)
     c.model.attention_bias = False
     c.model.attention_out_bias = True  # with attention_bias: the output projection has one too (Qwen 2: not)
-    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2, clamped_swiglu (GPT-OSS), moe (mixture of experts)
+    c.model.feedforward = "swiglu"  # swiglu, geglu, clamped_swiglu (GPT-OSS), gelu, gelu_exact, relu, relu2, moe (of experts)
     c.model.mlp_bias = False  # of experts too
     c.model.num_experts = 8  # the keys from here to bias_update_rate are of feedforward=moe
     c.model.experts_per_token = 2
-    c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2, clamped_swiglu
+    c.model.expert_form = "swiglu"  # what an expert is: one of the other feed-forwards
     c.model.shared_experts = 0  # experts that see every token, beside the routed ones
     c.model.first_dense_layers = 0  # so many layers at the start have one feed-forward of expert_form
     c.model.dense_mlp_dim = 0  # its hidden size; 0: mlp_dim
@@ -90,6 +92,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.router_z_weight = 0.0  # of mean(logsumexp(router logits)^2), summed over layers
     c.model.bias_update_rate = 0.0  # loss-free balancing (arXiv:2408.15664): a bias of each expert moves so much a step; 0: off
     c.model.block = "serial"  # serial, parallel
+    c.model.masked_lm_head = False  # of family=encoder: a layer and a norm before the head, and a bias of the logits
+    c.model.pooler = False  # of family=encoder: a layer on the first token's vector
+    c.model.num_classes = 0  # of family=encoder: of texts, told from the pooler; 0: no classification head
     c.model.tie_embeddings = True
     c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
     c.model.final_softcap = 0.0  # cap*tanh(logits/cap); 0: none

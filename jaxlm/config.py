@@ -203,11 +203,18 @@ def validate(config: ConfigDict) -> None:
               f"{m.head_dim}")
         for key in ("value_residual", "attention_sinks", "qk_norm"):
             check(not m[key], f"model.{key}=True: model.attention=latent has none; set it to False")
+    if m.family == "encoder":
+        check("L" not in m.window_pattern, f"model.window_pattern={m.window_pattern!r}: model.family=encoder has none; use G")
+    else:
+        for key in ("masked_lm_head", "pooler", "num_classes"):
+            check(not m[key], f"model.{key}={m[key]}: is for model.family=encoder; remove it")
+    check(not m.num_classes or m.pooler, f"model.num_classes={m.num_classes}: classes are told from the pooler; set model.pooler")
+    check(m.norm_place != "sum" or m.block == "serial", f"model.block={m.block!r}: model.norm_place=sum needs model.block=serial")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
-    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both"),
+    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
@@ -215,7 +222,7 @@ def validate(config: ConfigDict) -> None:
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
                "kernels.context": ("ring", "all_gather"),
-               "model.expert_form": ("swiglu", "geglu", "gelu", "relu2", "clamped_swiglu"),
+               "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
                "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never"),
                "kernels.quantization": ("none", "int8", "fp8")}

@@ -139,7 +139,8 @@ def test_groups_with_the_best_sums_remain():
 
 @pytest.mark.parametrize("change, word", [
     (dict(num_kv_heads=2), "num_kv_heads=2"), (dict(value_residual=True), "value_residual"), (dict(qk_norm=True), "qk_norm"),
-    (dict(attention_sinks=True), "attention_sinks"), (dict(value_head_dim=17), "value_head_dim=17"), (dict(kv_rank=0), "kv_rank=0"),
+    (dict(attention_sinks=True), "attention_sinks"), (dict(value_head_dim=17), "value_head_dim=17"),
+    (dict(kv_rank=0), "kv_rank=0"),
     (dict(router_groups=3), "router_groups=3"), (dict(router_groups_per_token=1), "router_groups_per_token=1"),
     (dict(router_group_best=3), "router_group_best=3"), (dict(first_dense_layers=3), "first_dense_layers=3"),
     (dict(feedforward="swiglu"), "first_dense_layers=1")])
@@ -170,7 +171,7 @@ def test_every_mesh_gives_the_same_curve_and_gradient(mesh):
 
 
 def test_meshes_that_do_not_fit_are_named():
-    config = test_moe.tiny(**MODEL, mesh__tensor=8)
-    assert any("model.num_heads=4 is not divisible by mesh tensor = 8" in p for p in mesh_problems(config, axis_sizes(config, 8), 8))
-    config = test_moe.tiny(**MODEL, mesh__stage=2)
-    assert any("use mesh.stage=1" in p for p in mesh_problems(config, axis_sizes(config, 2), 2))
+    for mesh, devices, problem in ((dict(mesh__tensor=8), 8, "model.num_heads=4 is not divisible by mesh tensor = 8"),
+                                   (dict(mesh__stage=2), 2, "use mesh.stage=1")):
+        config = test_moe.tiny(**MODEL, **mesh)
+        assert any(problem in found for found in mesh_problems(config, axis_sizes(config, devices), devices))

@@ -78,11 +78,12 @@ class Attention(nnx.Module):
             cache = (k_BSKH, v_BSKH)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
-                          context_method=context.context_method, extras=self.extras())
+                          context_method=context.context_method, extras=self.extras(context))
         return named("attention_out", self.out(out_BTNH)), first_value, cache
 
-    def extras(self):
-        return Extras(sinks_N=self.sink_bias[...].astype(jnp.float32) if hasattr(self, "sink_bias") else None)
+    def extras(self, context):
+        sinks_N = self.sink_bias[...].astype(jnp.float32) if hasattr(self, "sink_bias") else None
+        return Extras(sinks_N, context.causal, context.bias)
 
     def normalise(self, norm, x_BTNH):
         return norm(x_BTNH) if self.norm_heads else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)

@@ -42,6 +42,8 @@ class Context(NamedTuple):
     context_method: str = "ring"  # how attention sees keys on other devices
     decoding: bool = False  # with a cache
     live: Any = None  # (B, T) bool: not padding; None: all
+    causal: bool = True  # a token sees no later one
+    bias: Any = None  # (N, T, S), added to scores
     order: Any = None  # (T,) places of the tokens in the sequence, where they stand in another order than their own
 
 
@@ -73,25 +75,26 @@ class Block(nnx.Module):
         norm = lambda where: build_norm(config, m.embed_dim, rngs) if m.norm_place in (where, "both") else NoNorm()
         self.norm1 = norm("pre")
         self.attention = ATTENTIONS[m.attention](config, rngs, inits)
-        self.post_norm1 = norm("post")
+        self.post_norm1, self.sum_norm1 = norm("post"), norm("sum")
         if not self.parallel:
             self.norm2 = norm("pre")
         if dense:
             self.feedforward = FeedForward(config, rngs, inits, m.expert_form, m.dense_mlp_dim or m.mlp_dim)
         else:
             self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
-        self.post_norm2 = norm("post")
+        self.post_norm2, self.sum_norm2 = norm("post"), norm("sum")
 
     def __call__(self, x_BTD, context: Context, kind: LayerKind, first_value=None, is_first=False, cache=None, keys_BT=None):
         """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
         feed-forward; a parallel one adds both at once."""
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, kind, first_value, is_first, cache)
-        x_BTD = x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0))
+        x_BTD = self.sum_norm1(x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0)))
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
         f_BTD, stats = self.feedforward(h_BTD, context)
-        return x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)), value, cache, stats
+        x_BTD = self.sum_norm2(x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)))
+        return x_BTD, value, cache, stats
 
 
 def residual(x_BTD):

@@ -33,8 +33,13 @@ def clamped_up(x):
     return jnp.clip(x, -LIMIT, LIMIT) + 1
 
 
+def gelu_exact(x):
+    """By the normal distribution's own function, not its approximation by tanh, which `gelu` is (BERT)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 FORMS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False), "relu2": (relu2, False),
-         "clamped_swiglu": (clamped_silu, True)}
+         "clamped_swiglu": (clamped_silu, True), "relu": (jax.nn.relu, False), "gelu_exact": (gelu_exact, False)}
 UPS = {clamped_silu: clamped_up}  # of activations whose other factor is not `up` itself
 
 

@@ -28,6 +28,10 @@ class NoPosition(nnx.Module):
         """What `rotate` needs, computed once for all layers: {name: (cos, sin)}."""
         return {}
 
+    def bias(self, T: int, S: int, first_query, causal: bool):
+        """What is added to scores, (N, T, S), or None; the first query is at place first_query among the keys."""
+        return None
+
 
 @POSITIONS.register("learned")
 class Learned(NoPosition):

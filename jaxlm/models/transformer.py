@@ -10,7 +10,7 @@ from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
 from jaxlm.models.ngrams import NgramEmbedding
-from jaxlm.models.norms import build_norm
+from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
 from jaxlm.models.remat import check_remat, rematerialise
@@ -26,6 +26,8 @@ FAMILIES = Registry("model family", key="model.family")
 @FAMILIES.register("decoder")
 class Transformer(nnx.Module):
     """Layers are always stored stacked (leading axis L), so that a checkpoint does not depend on `scan_layers`."""
+
+    causal = True
 
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
         m = config.model
@@ -44,22 +46,27 @@ class Transformer(nnx.Module):
                                    m.param_dtype)
         if m.ngram_max > 1:
             self.ngrams = NgramEmbedding(config, vocab_size, rngs)
+        if m.token_types:
+            self.token_type_embedding = parameter(rngs, (m.token_types, m.embed_dim), (None, "embed"), normal(m.init_std),
+                                                  m.param_dtype)
         self.position = build_position(config, rngs)
         if m.embed_norm:
             self.embed_norm = build_norm(config, m.embed_dim, rngs)
         if self.num_dense:
             self.first_layers = stack_blocks(self.num_dense, lambda r: Block(config, r, dense=True), rngs)
         self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r), rngs)
-        self.final_norm = build_norm(config, m.embed_dim, rngs)
+        self.final_norm = NoNorm() if m.norm_place == "sum" else build_norm(config, m.embed_dim, rngs)
         if not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
             self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
                                                   m.param_dtype, num_inputs=1))
 
-    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
+    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0,
+               token_types_BT=None):
         """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
 
-        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`).
+        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`); token_types_BT, where the model has any,
+        are 0 if not given.
         """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
@@ -72,6 +79,9 @@ class Transformer(nnx.Module):
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
         if hasattr(self, "ngrams"):
             x_BTD = x_BTD + self.ngrams(history_BS, cache_index, tokens_BT.shape[1], segment_ids_BT if self.isolate else None)
+        if hasattr(self, "token_type_embedding"):
+            types_BT = jnp.zeros(tokens_BT.shape, jnp.int32) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.token_type_embedding[...][types_BT]
         x_BTD = x_BTD.astype(self.compute_dtype) * self.embed_scale
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
@@ -81,7 +91,9 @@ class Transformer(nnx.Module):
             keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, self.num_layers))
         live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
-        segment_ids_BT, order = segment_ids_BT if self.isolate else None, None
+        if not self.isolate:  # no query sees padding, which comes last, unless it sees what comes after it
+            segment_ids_BT = None if self.causal or live_BT is None else live_BT.astype(jnp.int32)
+        order = None
         ring = self.context_method == "ring" and mesh_size("context") > 1
         if ring:
             order = zigzag_order(tokens_BT.shape[1])
@@ -89,7 +101,8 @@ class Transformer(nnx.Module):
             keys_BT, segment_ids_BT, live_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT, live_BT))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
                           dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
-                          decoding=cache is not None, live=live_BT, order=order)
+                          decoding=cache is not None, live=live_BT, order=order, causal=self.causal,
+                          bias=self.position.bias(tokens_BT.shape[1], history_BS.shape[1], cache_index, self.causal))
         x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
         return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats

@@ -109,8 +109,11 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if sizes["context"] > 1 and config.kernels.attention != "auto":
         problems.append(f"kernels.attention={config.kernels.attention!r}: mesh.context={sizes['context']} attends by its own "
                         "tiles (kernels.context), not by a backend; use kernels.attention=auto")
-    if sizes["context"] > 1 and config.kernels.context == "ring" and m.attention_sinks:
-        problems.append("model.attention_sinks=True: the ring has no attention sinks; use kernels.context=all_gather")
+    if sizes["context"] > 1 and config.kernels.context == "ring":
+        if m.attention_sinks:
+            problems.append("model.attention_sinks=True: the ring has no attention sinks; use kernels.context=all_gather")
+        if m.family == "encoder":
+            problems.append("model.family='encoder': the ring sees only what comes before; use kernels.context=all_gather")
     chunks = 2 * sizes["context"]
     if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
         problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to "
