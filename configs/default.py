@@ -22,8 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.imports = ()  # modules imported first, which register out-of-tree parts: ("my_ablation",)
 
     c.model = ConfigDict()
-    c.model.family = "decoder"  # decoder, encoder (every token sees all)
+    c.model.family = "decoder"  # decoder, encoder (every token sees all), encoder_decoder (a decoder that looks at a text)
     c.model.num_layers = 4
+    c.model.encoder_layers = 0  # of family=encoder_decoder; 0: num_layers
     c.model.embed_dim = 128
     c.model.num_heads = 4
     c.model.num_kv_heads = 0  # 0: num_heads. Fewer is GQA, 1 is MQA
@@ -41,7 +42,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.embed_norm = False  # one more norm right after the embedding
     c.model.ngram_max = 1  # also embed the last 2 ... ngram_max tokens, hashed (arXiv:2412.09871); 1: tokens alone
     c.model.ngram_buckets = 8192  # vectors for each n
-    c.model.position = "rope"  # rope, learned, none
+    c.model.position = "rope"  # rope, learned, relative (T5), none
+    c.model.relative_buckets = 32  # of relative: numbers that each head has for distances,
+    c.model.relative_max_distance = 128  # from which on all have the same
     c.model.rope_theta = 10000.0
     c.model.rope_theta_local = 0.0  # >0: of layers with a window, which are then not scaled (Gemma 3); 0: as all
     c.model.rope_fraction = 1.0  # share of each head that is rotated
@@ -97,6 +100,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_classes = 0  # of family=encoder: of texts, told from the pooler; 0: no classification head
     c.model.tie_embeddings = True
     c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
+    c.model.logit_scale = 1.0  # multiplies logits; T5: 1/sqrt(embed_dim)
     c.model.final_softcap = 0.0  # cap*tanh(logits/cap); 0: none
     c.model.value_residual = False  # mix the first layer's values into each layer's (arXiv:2410.17897)
     c.model.dropout = 0.0

@@ -206,8 +206,18 @@ def validate(config: ConfigDict) -> None:
     if m.family == "encoder":
         check("L" not in m.window_pattern, f"model.window_pattern={m.window_pattern!r}: model.family=encoder has none; use G")
     else:
-        for key in ("masked_lm_head", "pooler", "num_classes"):
+        for key in ("masked_lm_head", "pooler", "num_classes", "token_types"):
             check(not m[key], f"model.{key}={m[key]}: is for model.family=encoder; remove it")
+    if m.family == "encoder_decoder":
+        for key in ("first_dense_layers", "value_residual", "embed_norm"):
+            check(not m[key], f"model.{key}={m[key]}: model.family=encoder_decoder has none; remove it")
+        for key, wanted in (("window_pattern", "G"), ("norm_place", "pre"), ("block", "serial"), ("ngram_max", 1)):
+            check(m[key] == wanted, f"model.{key}={m[key]!r}: model.family=encoder_decoder needs {wanted!r}")
+    check(m.position != "relative" or m.relative_max_distance > m.relative_buckets // 2 > 1,
+          f"model.relative_max_distance={m.relative_max_distance}: must be above half of model.relative_buckets="
+          f"{m.relative_buckets}, which must be at least 4")
+    check(m.position != "relative" or m.attention == "multihead",
+          f"model.attention={m.attention!r}: model.position=relative needs model.attention=multihead")
     check(not m.num_classes or m.pooler, f"model.num_classes={m.num_classes}: classes are told from the pooler; set model.pooler")
     check(m.norm_place != "sum" or m.block == "serial", f"model.block={m.block!r}: model.norm_place=sum needs model.block=serial")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")

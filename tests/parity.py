@@ -69,17 +69,22 @@ class Pair:
     def forward(self):
         return jax.jit(lambda p, tokens, **inputs: self.logits(nnx.merge(self.model.graph, p), tokens, **inputs))
 
-    @staticmethod
-    def logits(module, tokens, **inputs):
+    def logits(self, module, tokens, **inputs):
         return module.logits(module.hidden(tokens, **inputs)[0])
 
-    def reference(self, tokens, **inputs):
-        """Logits of `transformers`."""
+    def theirs(self, tokens, **inputs):
+        """Logits of `transformers`, a tensor."""
         import torch
 
-        with torch.no_grad():
-            inputs = {name: torch.tensor(value) for name, value in inputs.items()}
-            return self.torch(torch.tensor(tokens).long(), **inputs).logits.numpy()
+        return self.torch(torch.tensor(tokens).long(), **{name: torch.tensor(value) for name, value in inputs.items()}).logits
+
+    def reference(self, tokens, *args, **inputs):
+        """As an array."""
+        return self.theirs(tokens, *args, **inputs).detach().numpy()
+
+    def beside(self, module) -> dict:
+        """What decoding needs besides tokens and a cache."""
+        return {}
 
     def check_logits(self):
         self.close(self.forward(self.params, self.tokens), self.reference(self.tokens))
@@ -100,15 +105,16 @@ class Pair:
         self.close(got, np.concatenate(alone, axis=1))
 
     def check_decoding(self):
-        """A few tokens at once, then one by one."""
+        """Most tokens at once, the others one by one."""
 
         @jax.jit
         def step(params, tokens, cache, index):
             module = nnx.merge(self.model.graph, params)
-            x_BTD, cache, _ = module.hidden(tokens, cache=cache, cache_index=index)
+            x_BTD, cache, _ = module.hidden(tokens, cache=cache, cache_index=index, **self.beside(module))
             return module.logits(x_BTD), cache
 
-        begin, cache = LENGTH - 30, nnx.merge(self.model.graph, self.params).init_cache(2, LENGTH)
+        module = nnx.merge(self.model.graph, self.params)
+        begin, cache = LENGTH - 30, module.init_cache(2, LENGTH, **self.beside(module))
         logits, cache = step(self.params, self.tokens[:, :begin], cache, 0)
         pieces = [logits]
         for t in range(begin, LENGTH):
@@ -120,7 +126,7 @@ class Pair:
         """Of every tensor, of the logits weighed at random. zero: end of the path of those that have none but for rounding."""
         import torch
 
-        logits = self.torch(torch.tensor(self.tokens).long()).logits
+        logits = self.theirs(self.tokens)
         weights = np.random.default_rng(1).standard_normal(logits.shape).astype(np.float32) / logits.numel()
         self.torch.zero_grad()
         (logits * torch.tensor(weights)).sum().backward()

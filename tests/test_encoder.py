@@ -99,9 +99,7 @@ def test_gradients():
 
 
 def test_classes_and_their_gradients():
-    import torch
-
-    mine = pair("SequenceClassification")
+    torch, mine = pytest.importorskip("torch"), pair("SequenceClassification")
     labels = np.array([2, 0])
     wanted = mine.torch(torch.tensor(mine.tokens).long(), attention_mask=torch.tensor(LIVE), labels=torch.tensor(labels))
     mine.torch.zero_grad()

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlm.config import layer_period
 from jaxlm.models import latent, moe  # noqa: F401  register themselves
 from jaxlm.models.attention import ATTENTIONS
+from jaxlm.models.cross import CrossAttention
 from jaxlm.models.feedforward import FEEDFORWARDS, FeedForward
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal
@@ -44,6 +45,7 @@ class Context(NamedTuple):
     live: Any = None  # (B, T) bool: not padding; None: all
     causal: bool = True  # a token sees no later one
     bias: Any = None  # (N, T, S), added to scores
+    memory: Any = None  # `jaxlm.models.cross.Memory`
     order: Any = None  # (T,) places of the tokens in the sequence, where they stand in another order than their own
 
 
@@ -66,9 +68,10 @@ class Inits(NamedTuple):
 
 
 class Block(nnx.Module):
-    """dense: with one feed-forward, as the first layers of some mixtures of experts have."""
+    """dense: with one feed-forward, as the first layers of some mixtures of experts have. cross: with cross-attention after
+    attention."""
 
-    def __init__(self, config, rngs, dense: bool = False):
+    def __init__(self, config, rngs, dense: bool = False, cross: bool = False):
         m = config.model
         inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
         self.parallel = m.block == "parallel"
@@ -76,6 +79,8 @@ class Block(nnx.Module):
         self.norm1 = norm("pre")
         self.attention = ATTENTIONS[m.attention](config, rngs, inits)
         self.post_norm1, self.sum_norm1 = norm("post"), norm("sum")
+        if cross:
+            self.cross_norm, self.cross = norm("pre"), CrossAttention(config, rngs, inits)
         if not self.parallel:
             self.norm2 = norm("pre")
         if dense:
@@ -87,9 +92,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, context: Context, kind: LayerKind, first_value=None, is_first=False, cache=None, keys_BT=None):
         """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
         feed-forward; a parallel one adds both at once."""
+        cache, known = cache if cache is not None and hasattr(self, "cross") else (cache, None)
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, kind, first_value, is_first, cache)
         x_BTD = self.sum_norm1(x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0)))
+        if hasattr(self, "cross"):
+            c_BTD = self.cross(constrain(self.cross_norm(x_BTD), "batch", "seq", None), context, known)
+            x_BTD = x_BTD + drop(residual(c_BTD), context.dropout, fold_in(keys_BT, 2))
+            cache = None if cache is None else (cache, known)
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
         f_BTD, stats = self.feedforward(h_BTD, context)

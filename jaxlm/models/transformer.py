@@ -28,6 +28,7 @@ class Transformer(nnx.Module):
     """Layers are always stored stacked (leading axis L), so that a checkpoint does not depend on `scan_layers`."""
 
     causal = True
+    cross = False  # has cross-attention to a `memory`
 
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
         m = config.model
@@ -35,7 +36,7 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate = config.data.isolate_documents
-        self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.embed_scale, self.logit_scale, self.final_softcap = m.embed_scale, m.logit_scale, m.final_softcap
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
@@ -54,7 +55,7 @@ class Transformer(nnx.Module):
             self.embed_norm = build_norm(config, m.embed_dim, rngs)
         if self.num_dense:
             self.first_layers = stack_blocks(self.num_dense, lambda r: Block(config, r, dense=True), rngs)
-        self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r), rngs)
+        self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r, cross=self.cross), rngs)
         self.final_norm = NoNorm() if m.norm_place == "sum" else build_norm(config, m.embed_dim, rngs)
         if not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
@@ -62,18 +63,15 @@ class Transformer(nnx.Module):
                                                   m.param_dtype, num_inputs=1))
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0,
-               token_types_BT=None):
+               token_types_BT=None, memory=None):
         """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
 
         `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`); token_types_BT, where the model has any,
-        are 0 if not given.
+        are 0 if not given; memory is what cross-attention looks at.
         """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
-        # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
-        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
-        x_BTD = look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
-                        cotangent_dtype=self.compute_dtype)
+        x_BTD = self.embed(tokens_BT)
         history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
         if cache is not None:
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
@@ -86,9 +84,8 @@ class Transformer(nnx.Module):
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
-        keys_BT = None
-        if keys_B is not None and self.dropout:
-            keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
+        keys_BT = self.token_keys(keys_B, tokens_BT.shape[1])
+        if keys_BT is not None:
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, self.num_layers))
         live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
         if not self.isolate:  # no query sees padding, which comes last, unless it sees what comes after it
@@ -101,11 +98,23 @@ class Transformer(nnx.Module):
             keys_BT, segment_ids_BT, live_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT, live_BT))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
                           dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
-                          decoding=cache is not None, live=live_BT, order=order, causal=self.causal,
+                          decoding=cache is not None, live=live_BT, order=order, causal=self.causal, memory=memory,
                           bias=self.position.bias(tokens_BT.shape[1], history_BS.shape[1], cache_index, self.causal))
         x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
         return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats
+
+    def embed(self, tokens_BT):
+        """-> x_BTD in the parameter type, to be cast after: a bfloat16 scatter-add in the backward pass is slow and inexact."""
+        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
+        return look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
+                       cotangent_dtype=self.compute_dtype)
+
+    def token_keys(self, keys_B, length: int):
+        """-> keys_BT of dropout, one a token; None where it is off."""
+        if keys_B is None or not self.dropout:
+            return None
+        return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(length)))(keys_B)
 
     def _run_layers(self, x_BTD, context, keys_BT, cache):
         """All blocks in order -> (x_BTD, cache, stats), the last two stacked over layers, or None; over the stages of a pipeline
@@ -178,8 +187,9 @@ class Transformer(nnx.Module):
 
     @property
     def head_kernel(self):
-        """(D, V): the transposed embedding where tied."""
-        return self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+        """(D, V): the transposed embedding where tied; with what scales logits in it."""
+        kernel = self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+        return kernel if self.logit_scale == 1.0 else kernel * self.logit_scale
 
     def logits(self, x_BTD):
         """-> logits_BTV float32."""

@@ -131,7 +131,7 @@ def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) 
 
 
 def in_layers(path: str) -> bool:
-    return path.startswith(("layers/", "first_layers/"))
+    return path.startswith(("layers/", "first_layers/", "encoder_layers/"))
 
 
 def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, float]:
