@@ -228,9 +228,10 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.model.num_layers = 2
     c.model.embed_dim = 64
     c.model.num_heads = 4
-    c.model.num_kv_heads = 4 if c.model.attention == "latent" else min(c.model.num_kv_heads, 2)
-    c.model.kv_rank, c.model.query_rank = min(c.model.kv_rank, 32), min(c.model.query_rank, 32)
-    c.model.value_head_dim = 0
+    c.model.num_kv_heads = min(c.model.num_kv_heads, 2)
+    if c.model.attention == "latent":
+        c.model.num_kv_heads, c.model.kv_rank, c.model.query_rank = 4, 32, min(c.model.query_rank, 32)
+        c.model.value_head_dim, c.model.rope_fraction = 0, 0.5
     c.model.first_dense_layers, c.model.dense_mlp_dim = min(c.model.first_dense_layers, 1), min(c.model.dense_mlp_dim, 128)
     c.model.router_groups, c.model.router_groups_per_token = min(c.model.router_groups, 2), 1
     c.model.head_dim = 0

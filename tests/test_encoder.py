@@ -184,7 +184,7 @@ def test_backends_that_are_causal_refuse(backend):
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(window=4, window_pattern="LG"), "window_pattern"), (dict(family="decoder", pooler=True), "model.pooler=True"),
+    (dict(window=4, window_pattern="LG"), "window_pattern"), (dict(family="decoder", pooler=True, token_types=0), "model.pooler=True"),
     (dict(num_classes=3), "set model.pooler"), (dict(block="parallel"), "model.block='parallel'")])
 def test_what_does_not_fit_is_named(change, word):
     with pytest.raises(UserError) as error:

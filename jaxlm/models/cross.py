@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 class CrossAttention(nnx.Module):
     def __init__(self, config, rngs, inits):
         m = config.model
-        hidden, form = inits.hidden(m.embed_dim), lambda name: form_of(config, f"cross.{name}")
+        hidden, form = inits.hidden(m.embed_dim), lambda name: form_of(config, f"attention.cross.{name}")
         self.scale = query_scale(m)
         self.query = Projection(m, rngs, m.num_heads, hidden, form("query"))
         self.key = Projection(m, rngs, m.num_kv_heads, hidden, form("key"))
