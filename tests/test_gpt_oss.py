@@ -50,7 +50,7 @@ def to_params(arrays):
 
 @functools.cache
 def pair(backend="plain", isolate=False, truncate=False):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch").manual_seed(0)
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": truncate,
             "original_max_position_embeddings": 32}
