@@ -22,8 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.imports = ()  # modules imported first, which register out-of-tree parts: ("my_ablation",)
 
     c.model = ConfigDict()
-    c.model.family = "decoder"
+    c.model.family = "decoder"  # decoder, encoder (every token sees all), encoder_decoder (a decoder that looks at a text)
     c.model.num_layers = 4
+    c.model.encoder_layers = 0  # of family=encoder_decoder; 0: num_layers
     c.model.embed_dim = 128
     c.model.num_heads = 4
     c.model.num_kv_heads = 0  # 0: num_heads. Fewer is GQA, 1 is MQA
@@ -35,11 +36,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.norm_eps = 1e-6
     c.model.norm_scale = True  # learned scale (and bias, for layer) in each norm
     c.model.norm_scale_from_one = False  # of rms: stored is what the scale is above 1 (Gemma)
-    c.model.norm_place = "pre"  # pre: before attention and feed-forward; post: after (OLMo 2); both (Gemma)
+    c.model.norm_place = "pre"  # pre: before attention and feed-forward; post: after (OLMo 2); both (Gemma);
+    # sum: of the residual stream after each is added (BERT)
+    c.model.token_types = 0  # kinds of tokens with a vector each, added to the embedding (BERT: 2)
     c.model.embed_norm = False  # one more norm right after the embedding
     c.model.ngram_max = 1  # also embed the last 2 ... ngram_max tokens, hashed (arXiv:2412.09871); 1: tokens alone
     c.model.ngram_buckets = 8192  # vectors for each n
-    c.model.position = "rope"  # rope, learned, none
+    c.model.position = "rope"  # rope, learned, relative (T5), none
+    c.model.relative_buckets = 32  # of relative: numbers that each head has for distances,
+    c.model.relative_max_distance = 128  # from which on all have the same
     c.model.rope_theta = 10000.0
     c.model.rope_theta_local = 0.0  # >0: of layers with a window, which are then not scaled (Gemma 3); 0: as all
     c.model.rope_fraction = 1.0  # share of each head that is rotated
@@ -51,34 +56,51 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.rope_high_freq_factor = 4.0  # shorter than rope_original_len / this are not
     c.model.rope_beta_fast = 32.0  # of yarn: turns in rope_original_len from which waves are not scaled,
     c.model.rope_beta_slow = 1.0  # and up to which they are
+    c.model.rope_truncate = True  # of yarn: the waves scaled in part begin and end at whole places (GPT-OSS: not)
     c.model.rope_attention_factor = 0.0  # of yarn, longrope: multiplies the rotated queries and keys; 0: as their papers say
     c.model.rope_short_factors = ()  # of longrope: divisor of each frequency while seq_len <= rope_original_len,
     c.model.rope_long_factors = ()  # and where it is longer
-    c.model.attention = "multihead"  # MHA, GQA or MQA by num_kv_heads
+    c.model.attention = "multihead"  # multihead (MHA, GQA or MQA by num_kv_heads), latent (DeepSeek)
+    c.model.kv_rank = 512  # of latent: size of the vector that all keys and values of a token are made of
+    c.model.query_rank = 0  # of latent: of the one that queries are made of; 0: of the block's input itself
+    c.model.value_head_dim = 0  # of latent: size of a value; 0: head_dim
     c.model.qk_norm = False  # norm of queries and keys
     c.model.qk_norm_over = "head"  # each head by itself, or "all" heads together (OLMo 2)
     c.model.window = 0  # sliding-window length in tokens; 0: none
     c.model.window_pattern = "G"  # repeated over layers: L local (window), G global. "LLLLLG" is Gemma 3
     c.model.attention_softcap = 0.0  # cap*tanh(scores/cap); 0: none
     c.model.attention_scale_dim = 0  # scores are multiplied by 1/sqrt of this; 0: head_dim
+    c.model.attention_sinks = False  # a learned logit for each head joins the softmax and brings no value (GPT-OSS)
+    c.model.attention_score_factor = 1.0  # multiplies scores too (DeepSeek with yarn)
     c.model.attention_bias = False
     c.model.attention_out_bias = True  # with attention_bias: the output projection has one too (Qwen 2: not)
-    c.model.feedforward = "swiglu"  # swiglu, geglu, gelu, relu2, moe (mixture of experts)
-    c.model.mlp_bias = False
+    c.model.feedforward = "swiglu"  # swiglu, geglu, clamped_swiglu (GPT-OSS), gelu, gelu_exact, relu, relu2, moe (of experts)
+    c.model.mlp_bias = False  # of experts too
     c.model.num_experts = 8  # the keys from here to bias_update_rate are of feedforward=moe
     c.model.experts_per_token = 2
-    c.model.expert_form = "swiglu"  # what an expert is: swiglu, geglu, gelu, relu2
+    c.model.expert_form = "swiglu"  # what an expert is: one of the other feed-forwards
     c.model.shared_experts = 0  # experts that see every token, beside the routed ones
+    c.model.first_dense_layers = 0  # so many layers at the start have one feed-forward of expert_form
+    c.model.dense_mlp_dim = 0  # its hidden size; 0: mlp_dim
     c.model.router_score = "softmax"  # softmax, sigmoid
+    c.model.router_bias = False  # a learned bias of the router's logits
     c.model.router_normalize = True  # the weights of a token's experts sum to 1
+    c.model.router_scale = 1.0  # multiplies the weights of a token's experts
+    c.model.router_groups = 1  # the experts are in equal groups,
+    c.model.router_groups_per_token = 1  # and a token goes to experts of so many of them only:
+    c.model.router_group_best = 1  # those with the highest sum of the scores of their so many best experts (DeepSeek-V3: 2)
     c.model.routing = "dropless"  # dropless, or capacity: an expert takes only so many tokens of a row, the rest pass it by
     c.model.capacity_factor = 1.25  # of routing=capacity: places of an expert in a row, as a multiple of its equal share
     c.model.load_balance_weight = 0.01  # of the load-balance loss of each row, summed over layers
     c.model.router_z_weight = 0.0  # of mean(logsumexp(router logits)^2), summed over layers
     c.model.bias_update_rate = 0.0  # loss-free balancing (arXiv:2408.15664): a bias of each expert moves so much a step; 0: off
     c.model.block = "serial"  # serial, parallel
+    c.model.masked_lm_head = False  # of family=encoder: a layer and a norm before the head, and a bias of the logits
+    c.model.pooler = False  # of family=encoder: a layer on the first token's vector
+    c.model.num_classes = 0  # of family=encoder: of texts, told from the pooler; 0: no classification head
     c.model.tie_embeddings = True
     c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
+    c.model.logit_scale = 1.0  # multiplies logits; T5: 1/sqrt(embed_dim)
     c.model.final_softcap = 0.0  # cap*tanh(logits/cap); 0: none
     c.model.value_residual = False  # mix the first layer's values into each layer's (arXiv:2410.17897)
     c.model.dropout = 0.0
@@ -207,6 +229,11 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.model.embed_dim = 64
     c.model.num_heads = 4
     c.model.num_kv_heads = min(c.model.num_kv_heads, 2)
+    if c.model.attention == "latent":
+        c.model.num_kv_heads, c.model.kv_rank, c.model.query_rank = 4, 32, min(c.model.query_rank, 32)
+        c.model.value_head_dim, c.model.rope_fraction = 0, 0.5
+    c.model.first_dense_layers, c.model.dense_mlp_dim = min(c.model.first_dense_layers, 1), min(c.model.dense_mlp_dim, 128)
+    c.model.router_groups, c.model.router_groups_per_token = min(c.model.router_groups, 2), 1
     c.model.head_dim = 0
     c.model.mlp_dim = 128
     c.model.num_experts = min(c.model.num_experts, 8)

@@ -168,7 +168,7 @@ def validate(config: ConfigDict) -> None:
         check(m.position != "rope" or rotated_size(m) % 2 == 0,
               f"model.head_dim={m.head_dim}: rope needs an even number" +
               (f", model.rope_fraction={m.rope_fraction} of it too" if m.rope_fraction != 1 else ""))
-        check(m.num_layers % layer_period(m) == 0 or not m.scan_layers,
+        check((m.num_layers - m.first_dense_layers) % layer_period(m) == 0 or not m.scan_layers,
               f"model.num_layers={m.num_layers} is not a multiple of the length of model.window_pattern="
               f"{m.window_pattern!r} and model.rope_pattern={m.rope_pattern!r}; that is needed when model.scan_layers=True")
     check(re.fullmatch("[LG]+", m.window_pattern), f"model.window_pattern={m.window_pattern!r}: use letters L and G")
@@ -181,20 +181,61 @@ def validate(config: ConfigDict) -> None:
               f"use {min(max(1, m.experts_per_token), max(1, m.num_experts))}")
         check(m.shared_experts >= 0, f"model.shared_experts={m.shared_experts}: must not be negative")
         check(m.capacity_factor > 0, f"model.capacity_factor={m.capacity_factor}: must be above 0; 1 is an equal share")
+        first = f"model.first_dense_layers={m.first_dense_layers}"
+        check(0 <= m.first_dense_layers < max(1, m.num_layers), f"{first}: must be below model.num_layers={m.num_layers}")
+        check(m.first_dense_layers % layer_period(m) == 0, f"{first} is not a multiple of the length of model.window_pattern="
+              f"{m.window_pattern!r} and model.rope_pattern={m.rope_pattern!r}")
+        size = max(1, m.num_experts) // max(1, m.router_groups)
+        check(m.router_groups > 0 and m.num_experts % m.router_groups == 0,
+              f"model.router_groups={m.router_groups}: must divide model.num_experts={m.num_experts}")
+        check(m.router_groups == 1 or (0 < m.router_groups_per_token <= m.router_groups
+                                       and m.experts_per_token <= m.router_groups_per_token * size),
+              f"model.router_groups_per_token={m.router_groups_per_token}: there must be so many groups, of {size} experts each, "
+              f"for model.experts_per_token={m.experts_per_token}")
+        check(m.router_groups == 1 or 0 < m.router_group_best <= size,
+              f"model.router_group_best={m.router_group_best}: must be from 1 to the {size} experts of a group")
         check(m.bias_update_rate >= 0, f"model.bias_update_rate={m.bias_update_rate}: must not be negative; 0 is off")
-        check(not m.mlp_bias, "model.mlp_bias=True: experts have no bias; set it to False")
+    else:
+        check(not m.first_dense_layers, f"model.first_dense_layers={m.first_dense_layers}: is for model.feedforward=moe; use 0")
+    if m.attention == "latent":
+        check(m.num_kv_heads == m.num_heads, f"model.num_kv_heads={m.num_kv_heads}: model.attention=latent has keys and values "
+              f"for every head; use {m.num_heads}")
+        check(m.kv_rank > 0, f"model.kv_rank={m.kv_rank}: must be at least 1")
+        check(m.query_rank >= 0, f"model.query_rank={m.query_rank}: must not be negative; 0 is none")
+        check(0 <= m.value_head_dim <= m.head_dim, f"model.value_head_dim={m.value_head_dim}: must not be above model.head_dim="
+              f"{m.head_dim}")
+        for key in ("value_residual", "attention_sinks", "qk_norm"):
+            check(not m[key], f"model.{key}=True: model.attention=latent has none; set it to False")
+    if m.family == "encoder":
+        check("L" not in m.window_pattern, f"model.window_pattern={m.window_pattern!r}: model.family=encoder has none; use G")
+    else:
+        for key in ("masked_lm_head", "pooler", "num_classes", "token_types"):
+            check(not m[key], f"model.{key}={m[key]}: is for model.family=encoder; remove it")
+    if m.family == "encoder_decoder":
+        for key in ("first_dense_layers", "value_residual", "embed_norm"):
+            check(not m[key], f"model.{key}={m[key]}: model.family=encoder_decoder has none; remove it")
+        for key, wanted in (("window_pattern", "G"), ("norm_place", "pre"), ("block", "serial"), ("ngram_max", 1)):
+            check(m[key] == wanted, f"model.{key}={m[key]!r}: model.family=encoder_decoder needs {wanted!r}")
+    check(m.position != "relative" or m.relative_max_distance > m.relative_buckets // 2 > 1,
+          f"model.relative_max_distance={m.relative_max_distance}: must be above half of model.relative_buckets="
+          f"{m.relative_buckets}, which must be at least 4")
+    check(m.position != "relative" or m.attention == "multihead",
+          f"model.attention={m.attention!r}: model.position=relative needs model.attention=multihead")
+    check(not m.num_classes or m.pooler, f"model.num_classes={m.num_classes}: classes are told from the pooler; set model.pooler")
+    check(m.norm_place != "sum" or m.block == "serial", f"model.block={m.block!r}: model.norm_place=sum needs model.block=serial")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
-    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both"),
+    choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
-               "kernels.context": ("ring", "all_gather"), "model.expert_form": ("swiglu", "geglu", "gelu", "relu2"),
+               "kernels.context": ("ring", "all_gather"),
+               "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
                "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never"),
                "kernels.quantization": ("none", "int8", "fp8")}

@@ -16,10 +16,12 @@ BLOCK = 1024  # queries at a time
 
 
 class Rule(NamedTuple):
-    """Which keys a query sees, beside those not after it: within `window` (0: any), and squashing of the scores."""
+    """Which keys a query sees: of those not after it (`causal`; else of all) the ones within `window` (0: any); and squashing
+    of the scores."""
 
     window: int
     softcap: float
+    causal: bool = True
 
 
 class Keys(NamedTuple):
@@ -35,6 +37,7 @@ class Queries(NamedTuple):
     q_BTNH: Any  # scaled
     positions_T: Any
     segment_ids_BT: Any  # or None
+    sinks_BTN: Any = None  # a logit that joins the softmax and brings no value, or None
 
 
 class Running(NamedTuple):
@@ -54,7 +57,7 @@ def scores(queries: Queries, keys: Keys, rule: Rule):
     if rule.softcap:
         s = rule.softcap * jnp.tanh(s / rule.softcap)
     distance_TS = queries.positions_T[:, None] - keys.positions_S[None, :]
-    mask = distance_TS >= 0
+    mask = distance_TS >= 0 if rule.causal else jnp.full(distance_TS.shape, True)
     if rule.window:
         mask &= distance_TS < rule.window
     if keys.segment_ids_BS is not None:
@@ -62,9 +65,13 @@ def scores(queries: Queries, keys: Keys, rule: Rule):
     return jnp.where(mask, s, -1e30)
 
 
-def begin(q_BTNH) -> Running:
+def begin(q_BTNH, sinks_BTN=None) -> Running:
+    """Nothing seen yet but the sinks."""
     B, T, N, _ = q_BTNH.shape
-    return Running(jnp.zeros(q_BTNH.shape, jnp.float32), jnp.zeros((B, T, N)), jnp.full((B, T, N), -1e30))
+    nothing = jnp.zeros(q_BTNH.shape, jnp.float32)
+    if sinks_BTN is not None:
+        return Running(nothing, jnp.ones((B, T, N)), sinks_BTN.astype(jnp.float32))
+    return Running(nothing, jnp.zeros((B, T, N)), jnp.full((B, T, N), -1e30))
 
 
 def add(running: Running, queries: Queries, keys: Keys, rule: Rule) -> Running:
@@ -141,6 +148,13 @@ def tile_gradients(queries: Queries, keys: Keys, rule: Rule, lse_BTN, delta_BTN,
     return join(dq), dk, dv
 
 
+def sink_gradients(queries: Queries, lse_BTN, delta_BTN):
+    """A sink is one more p = exp(s - lse), whose value is zero; see `tile_gradients`."""
+    if queries.sinks_BTN is None:
+        return None
+    return (-jnp.exp(queries.sinks_BTN - lse_BTN) * delta_BTN).astype(queries.sinks_BTN.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def attend_online(queries: Queries, keys: Keys, rule: Rule):
     """Attention of these queries over these keys -> out_BTNH; memory linear in both, forward and backward."""
@@ -148,7 +162,7 @@ def attend_online(queries: Queries, keys: Keys, rule: Rule):
 
 
 def _forward(queries, keys, rule):
-    out, lse = finish(add(begin(queries.q_BTNH), queries, keys, rule))
+    out, lse = finish(add(begin(queries.q_BTNH, queries.sinks_BTN), queries, keys, rule))
     out, lse = (checkpoint_name(a, "attention") for a in (out.astype(keys.v_BSKH.dtype), lse))  # for `jaxlm.models.remat`
     return out, (queries, keys, out, lse)
 
@@ -156,9 +170,10 @@ def _forward(queries, keys, rule):
 def _backward(rule, saved, d_out):
     queries, keys, out, lse = saved
     d_out = d_out.astype(jnp.float32)
-    grads = tile_gradients(queries, keys, rule, lse, jnp.sum(d_out * out, -1), d_out)
+    delta = jnp.sum(d_out * out, -1)
+    grads = tile_gradients(queries, keys, rule, lse, delta, d_out)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (queries.q_BTNH, keys.k_BSKH, keys.v_BSKH), strict=True))
-    return Queries(dq, None, None), Keys(dk, dv, None, None)
+    return Queries(dq, None, None, sink_gradients(queries, lse, delta)), Keys(dk, dv, None, None)
 
 
 attend_online.defvjp(_forward, _backward)
@@ -196,7 +211,7 @@ def _tiles_forward(queries, keys, rule, tiles):
         seen = add(block(running, i, tiles.rows), block(queries, i, tiles.rows), block(keys, j, tiles.columns), rule)
         return put_block(running, seen, i, tiles.rows), None
 
-    out, lse = finish(jax.lax.scan(visit, begin(queries.q_BTNH), np.array(tiles.pairs, np.int32))[0])
+    out, lse = finish(jax.lax.scan(visit, begin(queries.q_BTNH, queries.sinks_BTN), np.array(tiles.pairs, np.int32))[0])
     out, lse = (checkpoint_name(a, "attention") for a in (out.astype(keys.v_BSKH.dtype), lse))  # for `jaxlm.models.remat`
     return out, (queries, keys, out, lse)
 
@@ -218,7 +233,7 @@ def _tiles_backward(rule, tiles, saved, d_out):
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in arrays)
     grads = jax.lax.scan(visit, zeros, np.array(tiles.pairs, np.int32))[0]
     dq, dk, dv = (g.astype(a.dtype) for g, a in zip(grads, arrays, strict=True))
-    return Queries(dq, None, None), Keys(dk, dv, None, None)
+    return Queries(dq, None, None, sink_gradients(queries, lse, sides[1])), Keys(dk, dv, None, None)
 
 
 attend_tiles.defvjp(_tiles_forward, _tiles_backward)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.kernels.attention import attend
+from jaxlm.kernels.attention import Extras, attend
 from jaxlm.kernels.matmul import dense, dense_together, pays_together
 from jaxlm.kernels.quantized import form_of
 from jaxlm.models.norms import build_norm
@@ -16,6 +16,11 @@ from jaxlm.registry import Registry
 ATTENTIONS = Registry("attention", key="model.attention")
 
 
+def query_scale(m) -> float:
+    """What multiplies queries, beside the 1/sqrt(head_dim) of `attend`."""
+    return m.attention_score_factor * ((m.head_dim / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0)
+
+
 @ATTENTIONS.register("multihead")
 class Attention(nnx.Module):
     """Multi-head attention; grouped-query with fewer key/value heads, multi-query with one (arXiv:2305.13245)."""
@@ -24,17 +29,24 @@ class Attention(nnx.Module):
         m = config.model
         N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
         self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
-        self.query_scale = (H / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0  # beside 1/sqrt(H) of `attend`
+        self.query_scale = query_scale(m)
         self.query = Projection(m, rngs, N, inits.hidden(D), form_of(config, "attention.query"))
         self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
         self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
         self.out = OutProjection(m, rngs, inits.output(N * H), form_of(config, "attention.out"))
+        if m.attention_sinks:
+            self.sink_bias = parameter(rngs, (N,), ("heads",), constant(0.0), m.param_dtype)
         if m.qk_norm:
             self.norm_heads = m.qk_norm_over == "head"
             sizes = (H, H) if self.norm_heads else (N * H, K * H)
             self.query_norm, self.key_norm = (build_norm(config, size, rngs) for size in sizes)
         if m.value_residual:
             self.mix = parameter(rngs, (), (), constant(0.5), m.param_dtype)
+
+    @staticmethod
+    def cache_shapes(m):
+        """Of what a cache holds of one token: the key, the value."""
+        return (m.num_kv_heads, m.head_dim), (m.num_kv_heads, m.head_dim)
 
     def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """-> (x_BTD, v_BSKH of the first layer, cache with this step's keys and values written).
@@ -66,8 +78,12 @@ class Attention(nnx.Module):
             cache = (k_BSKH, v_BSKH)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
-                          context_method=context.context_method)
+                          context_method=context.context_method, extras=self.extras(context))
         return named("attention_out", self.out(out_BTNH)), first_value, cache
+
+    def extras(self, context):
+        sinks_N = self.sink_bias[...].astype(jnp.float32) if hasattr(self, "sink_bias") else None
+        return Extras(sinks_N, context.causal, context.bias)
 
     def normalise(self, norm, x_BTNH):
         return norm(x_BTNH) if self.norm_heads else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
@@ -103,9 +119,9 @@ class Projection(nnx.Module):
 class OutProjection(nnx.Module):
     """Heads BTNH -> x_BTD."""
 
-    def __init__(self, m, rngs, init, form: str):
+    def __init__(self, m, rngs, init, form: str, size=None):
         self.form = form
-        shape, axes = (m.num_heads, m.head_dim, m.embed_dim), ("heads", None, "embed")
+        shape, axes = (m.num_heads, size or m.head_dim, m.embed_dim), ("heads", None, "embed")
         self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
         if m.attention_bias and m.attention_out_bias:
             self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)

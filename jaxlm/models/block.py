@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import layer_period
-from jaxlm.models import moe  # noqa: F401  registers itself
+from jaxlm.models import latent, moe  # noqa: F401  register themselves
 from jaxlm.models.attention import ATTENTIONS
-from jaxlm.models.feedforward import FEEDFORWARDS
+from jaxlm.models.cross import CrossAttention
+from jaxlm.models.feedforward import FEEDFORWARDS, FeedForward
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal
 from jaxlm.parallel.rules import constrain
@@ -42,6 +43,9 @@ class Context(NamedTuple):
     context_method: str = "ring"  # how attention sees keys on other devices
     decoding: bool = False  # with a cache
     live: Any = None  # (B, T) bool: not padding; None: all
+    causal: bool = True  # a token sees no later one
+    bias: Any = None  # (N, T, S), added to scores
+    memory: Any = None  # `jaxlm.models.cross.Memory`
     order: Any = None  # (T,) places of the tokens in the sequence, where they stand in another order than their own
 
 
@@ -64,29 +68,43 @@ class Inits(NamedTuple):
 
 
 class Block(nnx.Module):
-    def __init__(self, config, rngs):
+    """dense: with one feed-forward, as the first layers of some mixtures of experts have. cross: with cross-attention after
+    attention."""
+
+    def __init__(self, config, rngs, dense: bool = False, cross: bool = False):
         m = config.model
         inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
         self.parallel = m.block == "parallel"
         norm = lambda where: build_norm(config, m.embed_dim, rngs) if m.norm_place in (where, "both") else NoNorm()
         self.norm1 = norm("pre")
         self.attention = ATTENTIONS[m.attention](config, rngs, inits)
-        self.post_norm1 = norm("post")
+        self.post_norm1, self.sum_norm1 = norm("post"), norm("sum")
+        if cross:
+            self.cross_norm, self.cross = norm("pre"), CrossAttention(config, rngs, inits)
         if not self.parallel:
             self.norm2 = norm("pre")
-        self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
-        self.post_norm2 = norm("post")
+        if dense:
+            self.feedforward = FeedForward(config, rngs, inits, m.expert_form, m.dense_mlp_dim or m.mlp_dim)
+        else:
+            self.feedforward = FEEDFORWARDS[m.feedforward](config, rngs, inits)
+        self.post_norm2, self.sum_norm2 = norm("post"), norm("sum")
 
     def __call__(self, x_BTD, context: Context, kind: LayerKind, first_value=None, is_first=False, cache=None, keys_BT=None):
         """-> (x_BTD, v_BSKH of the first layer, cache, stats of the feed-forward). A serial block is attention, then
         feed-forward; a parallel one adds both at once."""
+        cache, known = cache if cache is not None and hasattr(self, "cross") else (cache, None)
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, kind, first_value, is_first, cache)
-        x_BTD = x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0))
+        x_BTD = self.sum_norm1(x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0)))
+        if hasattr(self, "cross"):
+            c_BTD = self.cross(constrain(self.cross_norm(x_BTD), "batch", "seq", None), context, known)
+            x_BTD = x_BTD + drop(residual(c_BTD), context.dropout, fold_in(keys_BT, 2))
+            cache = None if cache is None else (cache, known)
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
         f_BTD, stats = self.feedforward(h_BTD, context)
-        return x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)), value, cache, stats
+        x_BTD = self.sum_norm2(x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)))
+        return x_BTD, value, cache, stats
 
 
 def residual(x_BTD):

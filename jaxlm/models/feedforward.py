@@ -21,7 +21,26 @@ def relu2(x):
     return jnp.square(jax.nn.relu(x))
 
 
-FORMS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False), "relu2": (relu2, False)}
+ALPHA, LIMIT = 1.702, 7.0  # of GPT-OSS: its gate is x * sigmoid(ALPHA * x), with products cut off at LIMIT
+
+
+def clamped_silu(x):
+    x = jnp.minimum(x, LIMIT)
+    return x * jax.nn.sigmoid(ALPHA * x)
+
+
+def clamped_up(x):
+    return jnp.clip(x, -LIMIT, LIMIT) + 1
+
+
+def gelu_exact(x):
+    """By the normal distribution's own function, not its approximation by tanh, which `gelu` is (BERT)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+FORMS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False), "relu2": (relu2, False),
+         "clamped_swiglu": (clamped_silu, True), "relu": (jax.nn.relu, False), "gelu_exact": (gelu_exact, False)}
+UPS = {clamped_silu: clamped_up}  # of activations whose other factor is not `up` itself
 
 
 class FeedForward(nnx.Module):
@@ -53,7 +72,9 @@ class FeedForward(nnx.Module):
 def activate(activation, h_BTF, up_BTF=None):
     """The gradient starts from the products again: cheaper than to keep what lies between."""
     a_BTF = activation(h_BTF)
-    return a_BTF if up_BTF is None else a_BTF * up_BTF
+    if up_BTF is None:
+        return a_BTF
+    return a_BTF * (UPS[activation](up_BTF) if activation in UPS else up_BTF)
 
 
 class Linear(nnx.Module):

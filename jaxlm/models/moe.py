@@ -17,8 +17,8 @@ from jaxlm.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from jaxlm.models.feedforward import FEEDFORWARDS, FORMS, FeedForward, activate
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.parallel import target
-from jaxlm.parallel.expert import KERNEL_AXES, choose, dispatch, gather
-from jaxlm.parallel.rules import constrain
+from jaxlm.parallel.expert import KERNEL_AXES, best_groups, choose, dispatch, gather
+from jaxlm.parallel.rules import constrain, mesh_size
 
 
 class Stats(NamedTuple):
@@ -52,13 +52,26 @@ class MixtureOfExperts(nnx.Module):
         return y_BTD + self.shared(x_BTD)[0] if hasattr(self, "shared") else y_BTD, stats
 
 
+class Limit(NamedTuple):
+    """Of the groups of experts that a token may go to; see `best_groups`."""
+
+    groups: int
+    kept: int
+    best: int
+
+
 class Router(nnx.Module):
     """Scores in float32; ties go to the expert with the lower number."""
 
     def __init__(self, config, rngs, inits):
         m = config.model
         self.score, self.normalize, self.experts_per_token = m.router_score, m.router_normalize, m.experts_per_token
+        self.scale, self.limit = m.router_scale, None
+        if m.router_groups > 1:
+            self.limit = Limit(m.router_groups, m.router_groups_per_token, m.router_group_best)
         self.kernel = parameter(rngs, (m.embed_dim, m.num_experts), ("embed", None), inits.hidden(m.embed_dim), num_inputs=1)
+        if m.router_bias:
+            self.logit_bias = parameter(rngs, (m.num_experts,), (None,), constant(0.0))
         if m.bias_update_rate:
             self.bias = parameter(rngs, (m.num_experts,), (None,), constant(0.0))
 
@@ -66,12 +79,17 @@ class Router(nnx.Module):
         """-> (choices_BTK, weights_BTK float32, Stats). The bias has a say in the choice, not in the weights."""
         kernel_DE = constrain(self.kernel[...], None, None)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision="highest")
+        if hasattr(self, "logit_bias"):
+            logits_BTE = logits_BTE + self.logit_bias[...]
         scores_BTE = jax.nn.softmax(logits_BTE) if self.score == "softmax" else jax.nn.sigmoid(logits_BTE)
         preferred_BTE = jax.lax.stop_gradient(scores_BTE + self.bias[...] if hasattr(self, "bias") else scores_BTE)
-        choices_BTK = choose(preferred_BTE, self.experts_per_token)
+        limit = partial(best_groups, **self.limit._asdict()) if self.limit else None
+        choices_BTK = choose(preferred_BTE, self.experts_per_token, limit)
         weights_BTK = jnp.take_along_axis(scores_BTE, choices_BTK, axis=-1)
         if self.normalize:
             weights_BTK = weights_BTK / (jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20)
+        if self.scale != 1.0:
+            weights_BTK = weights_BTK * self.scale
         return choices_BTK, weights_BTK, self.stats(logits_BTE, scores_BTE, choices_BTK, live_BT)
 
     def stats(self, logits_BTE, scores_BTE, choices_BTK, live_BT):
@@ -99,14 +117,21 @@ class Experts(nnx.Module):
         self.number = E
         self.activation, gated = FORMS[m.expert_form]
         self.backend, _ = choose_grouped_matmul(config, target.platform())
+        share = m.experts_per_token / E
         for name in ("up", "gate", "down") if gated else ("up", "down"):
             shape, init = ((E, F, D), inits.output(F)) if name == "down" else ((E, D, F), inits.hidden(D))
-            setattr(self, name, nnx.Dict(kernel=parameter(rngs, shape, KERNEL_AXES[name], init, m.param_dtype, num_inputs=1,
-                                                          share=m.experts_per_token / E)))
+            made = nnx.Dict(kernel=parameter(rngs, shape, KERNEL_AXES[name], init, m.param_dtype, num_inputs=1, share=share))
+            if m.mlp_bias:
+                made["bias"] = parameter(rngs, (E, shape[-1]), KERNEL_AXES[f"{name}_bias"], constant(0.0), m.param_dtype,
+                                         share=share)
+            setattr(self, name, made)
 
     @property
     def kernels(self) -> dict:
-        return {name: getattr(self, name)["kernel"][...] for name in KERNEL_AXES if hasattr(self, name)}
+        """And biases, by the names of `KERNEL_AXES`."""
+        layers = {name: getattr(self, name) for name in ("up", "gate", "down") if hasattr(self, name)}
+        biases = {f"{name}_bias": layer["bias"][...] for name, layer in layers.items() if "bias" in layer}
+        return {name: layer["kernel"][...] for name, layer in layers.items()} | biases
 
     def hidden(self, product, kernels):
         """product: name of a kernel -> x times it."""
@@ -120,8 +145,12 @@ class Experts(nnx.Module):
         def multiply(name, kernel, rows):
             return grouped_matmul(rows, gather(name, kernel.astype(rows.dtype)), sizes_E, backend=self.backend)
 
-        h_XF = self.hidden(lambda name: multiply(name, kernels[name], rows_XD), kernels)
-        return multiply("down", kernels["down"], h_XF)
+        def product(name, rows):
+            y = multiply(name, kernels[name], rows)
+            bias = f"{name}_bias"
+            return y + bias_of_rows(bias, kernels[bias].astype(y.dtype), sizes_E, len(y)) if bias in kernels else y
+
+        return product("down", self.hidden(lambda name: product(name, rows_XD), kernels))
 
     def by_capacity(self, x_BTD, choices_BTK, weights_BTK, live_BT, order_T, factor: float):
         """GShard's form (arXiv:2006.16668): each expert has ceil(factor * T * K / E) places in each row, taken in the order of
@@ -141,10 +170,21 @@ class Experts(nnx.Module):
                    for name, kernel in self.kernels.items()}
         lay = lambda a, last: constrain(a, "expert", "expert_batch", None, last)
         x_EBCD = lay(jnp.einsum("BTEC,BTD->EBCD", send_BTEC.astype(x_BTD.dtype), x_BTD), None)
-        h_EBCF = self.hidden(lambda name: lay(jnp.einsum("EBCD,EDF->EBCF", x_EBCD, kernels[name]), "mlp"), kernels)
-        y_EBCD = lay(jnp.einsum("EBCF,EFD->EBCD", h_EBCF, kernels["down"]), None)
+        add_bias = lambda name, y: y + kernels[name][:, None, None] if name in kernels else y
+        up = lambda name: add_bias(f"{name}_bias", jnp.einsum("EBCD,EDF->EBCF", x_EBCD, kernels[name]))
+        h_EBCF = self.hidden(lambda name: lay(up(name), "mlp"), kernels)
+        y_EBCD = lay(add_bias("down_bias", jnp.einsum("EBCF,EFD->EBCD", h_EBCF, kernels["down"])), None)
         back_BTEC = jnp.where(send_BTEC, weight_BTE[..., None], 0).astype(x_BTD.dtype)
         return constrain(jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), "batch", "seq", None)
+
+
+def bias_of_rows(name: str, bias_EF, sizes_E, rows: int):
+    """-> (X, F), of each row's expert; zeros for rows of none. Under a tensor-parallel mesh, each device has a share of the sum
+    that `down` is, and one adds its bias."""
+    if name == "down_bias" and mesh_size("tensor") > 1:
+        bias_EF = jnp.where(jax.lax.axis_index("tensor") == 0, bias_EF, 0)
+    expert_X = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right")
+    return bias_EF.at[expert_X].get(mode="fill", fill_value=0)
 
 
 # ---- For objectives and the train step --------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ class NoPosition(nnx.Module):
         """What `rotate` needs, computed once for all layers: {name: (cos, sin)}."""
         return {}
 
+    def bias(self, T: int, S: int, first_query, causal: bool):
+        """What is added to scores, (N, T, S), or None; the first query is at place first_query among the keys."""
+        return None
+
 
 @POSITIONS.register("learned")
 class Learned(NoPosition):
@@ -39,6 +43,34 @@ class Learned(NoPosition):
 
     def embed(self, x_BTD, positions_BT):
         return x_BTD + self.embedding[...].astype(x_BTD.dtype)[positions_BT]
+
+
+@POSITIONS.register("relative")
+class Relative(NoPosition):
+    """A learned number for each head and distance, added to scores; distances share buckets that widen with them (T5, Raffel et
+    al., arXiv:1910.10683, 2.1)."""
+
+    def __init__(self, config, rngs):
+        m = config.model
+        self.buckets, self.max_distance = m.relative_buckets, m.relative_max_distance
+        self.embedding = parameter(rngs, (self.buckets, m.num_heads), (None, "heads"), normal(m.init_std), m.param_dtype)
+
+    def bias(self, T, S, first_query, causal):
+        bucket_Z = bucket_of(np.arange(1 - S, S), self.buckets, self.max_distance, causal)
+        distance_TS = jnp.arange(S) - (first_query + jnp.arange(T)[:, None])
+        return self.embedding[...].astype(jnp.float32).T[:, bucket_Z][:, distance_TS + S - 1]
+
+
+def bucket_of(distance, buckets: int, max_distance: int, causal: bool):
+    """distance: of a key after the query. Half of the buckets are of one distance each; those of the other half widen up to
+    max_distance. Not causal, keys after the query have as many of their own."""
+    offset = 0 if causal else np.where(distance > 0, buckets // 2, 0)
+    buckets = buckets if causal else buckets // 2
+    distance = np.maximum(-distance, 0) if causal else np.abs(distance)
+    exact = buckets // 2
+    times = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(max_distance / exact))
+    wide = np.minimum(exact + (times * np.float32(buckets - exact)).astype(np.int32), buckets - 1)
+    return offset + np.where(distance < exact, distance, wide)
 
 
 @POSITIONS.register("rope")

@@ -32,14 +32,22 @@ def llama3(config, frequencies_R):
     return (frequencies_R * (kept_R + (1 - kept_R) / m.rope_factor)).astype(np.float32), 1.0
 
 
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """How much YaRN sharpens attention. DeepSeek has two weights: with `mscale`, and over that with `mscale_all_dim`, rotated
+    queries and keys are multiplied (model.rope_attention_factor); by the square of that with `mscale_all_dim`, all scores
+    (model.attention_score_factor)."""
+    return 0.1 * weight * math.log(max(factor, 1)) + 1
+
+
 @SCALINGS.register("yarn")
 def yarn(config, frequencies_R):
     """As llama3, by the place of a wave among all (Peng et al., arXiv:2309.00071)."""
     m, R = config.model, 2 * len(frequencies_R)
     place = lambda turns: R * math.log(m.rope_original_len / (turns * 2 * math.pi)) / (2 * math.log(m.rope_theta))
-    first, last = max(math.floor(place(m.rope_beta_fast)), 0), min(math.ceil(place(m.rope_beta_slow)), R - 1)
+    down, up = (math.floor, math.ceil) if m.rope_truncate else (float, float)
+    first, last = max(down(place(m.rope_beta_fast)), 0), min(up(place(m.rope_beta_slow)), R - 1)
     stretched_R = np.clip((np.arange(R // 2) - first) / max(last - first, 0.001), 0, 1)
-    factor = m.rope_attention_factor or 0.1 * math.log(max(m.rope_factor, 1)) + 1
+    factor = m.rope_attention_factor or mscale(m.rope_factor)
     return (frequencies_R * (1 - stretched_R + stretched_R / m.rope_factor)).astype(np.float32), factor
 
 

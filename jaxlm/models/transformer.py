@@ -7,9 +7,10 @@ from flax import nnx
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
+from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
 from jaxlm.models.ngrams import NgramEmbedding
-from jaxlm.models.norms import build_norm
+from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.positions import build_position
 from jaxlm.models.remat import check_remat, rematerialise
@@ -26,60 +27,70 @@ FAMILIES = Registry("model family", key="model.family")
 class Transformer(nnx.Module):
     """Layers are always stored stacked (leading axis L), so that a checkpoint does not depend on `scan_layers`."""
 
+    causal = True
+    cross = False  # has cross-attention to a `memory`
+
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs: nnx.Rngs):
         m = config.model
         check_remat(m.remat)
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate = config.data.isolate_documents
-        self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.embed_scale, self.logit_scale, self.final_softcap = m.embed_scale, m.logit_scale, m.final_softcap
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
-        self.cache_shape = (m.num_kv_heads, m.head_dim)
-        self.pattern, self.num_layers = layer_kinds(m), m.num_layers
+        self.value_shape, self.cache_shapes = (m.num_kv_heads, m.head_dim), ATTENTIONS[m.attention].cache_shapes(m)
+        self.pattern, self.num_layers, self.num_dense = layer_kinds(m), m.num_layers, m.first_dense_layers
         self.vocab_size = vocab_size
         self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
                                    m.param_dtype)
         if m.ngram_max > 1:
             self.ngrams = NgramEmbedding(config, vocab_size, rngs)
+        if m.token_types:
+            self.token_type_embedding = parameter(rngs, (m.token_types, m.embed_dim), (None, "embed"), normal(m.init_std),
+                                                  m.param_dtype)
         self.position = build_position(config, rngs)
         if m.embed_norm:
             self.embed_norm = build_norm(config, m.embed_dim, rngs)
-        make = nnx.split_rngs(splits=m.num_layers)(nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0))
-        self.layers = make(rngs)
-        self.final_norm = build_norm(config, m.embed_dim, rngs)
+        if self.num_dense:
+            self.first_layers = stack_blocks(self.num_dense, lambda r: Block(config, r, dense=True), rngs)
+        self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r, cross=self.cross), rngs)
+        self.final_norm = NoNorm() if m.norm_place == "sum" else build_norm(config, m.embed_dim, rngs)
         if not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
             self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
                                                   m.param_dtype, num_inputs=1))
 
-    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0):
+    def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0,
+               token_types_BT=None, memory=None):
         """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
 
-        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`).
+        `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`); token_types_BT, where the model has any,
+        are 0 if not given; memory is what cross-attention looks at.
         """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
-        # Gather in the parameter type and cast after: a bfloat16 scatter-add in the backward pass is slow and inexact.
-        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
-        x_BTD = look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
-                        cotangent_dtype=self.compute_dtype)
+        x_BTD = self.embed(tokens_BT)
         history_BS, layer_cache = (tokens_BT, None) if cache is None else cache
         if cache is not None:
             history_BS = jax.lax.dynamic_update_slice(history_BS, tokens_BT.astype(history_BS.dtype), (0, cache_index))
         if hasattr(self, "ngrams"):
             x_BTD = x_BTD + self.ngrams(history_BS, cache_index, tokens_BT.shape[1], segment_ids_BT if self.isolate else None)
+        if hasattr(self, "token_type_embedding"):
+            types_BT = jnp.zeros(tokens_BT.shape, jnp.int32) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.token_type_embedding[...][types_BT]
         x_BTD = x_BTD.astype(self.compute_dtype) * self.embed_scale
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
-        keys_BT = None
-        if keys_B is not None and self.dropout:
-            keys_BT = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens_BT.shape[1])))(keys_B)
+        keys_BT = self.token_keys(keys_B, tokens_BT.shape[1])
+        if keys_BT is not None:
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, self.num_layers))
         live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
-        segment_ids_BT, order = segment_ids_BT if self.isolate else None, None
+        if not self.isolate:  # no query sees padding, which comes last, unless it sees what comes after it
+            segment_ids_BT = None if self.causal or live_BT is None else live_BT.astype(jnp.int32)
+        order = None
         ring = self.context_method == "ring" and mesh_size("context") > 1
         if ring:
             order = zigzag_order(tokens_BT.shape[1])
@@ -87,18 +98,37 @@ class Transformer(nnx.Module):
             keys_BT, segment_ids_BT, live_BT = (None if a is None else a[:, order] for a in (keys_BT, segment_ids_BT, live_BT))
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
                           dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
-                          decoding=cache is not None, live=live_BT, order=order)
+                          decoding=cache is not None, live=live_BT, order=order, causal=self.causal, memory=memory,
+                          bias=self.position.bias(tokens_BT.shape[1], history_BS.shape[1], cache_index, self.causal))
         x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
         return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats
 
+    def embed(self, tokens_BT):
+        """-> x_BTD in the parameter type, to be cast after: a bfloat16 scatter-add in the backward pass is slow and inexact."""
+        # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
+        return look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
+                       cotangent_dtype=self.compute_dtype)
+
+    def token_keys(self, keys_B, length: int):
+        """-> keys_BT of dropout, one a token; None where it is off."""
+        if keys_B is None or not self.dropout:
+            return None
+        return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(length)))(keys_B)
+
     def _run_layers(self, x_BTD, context, keys_BT, cache):
         """All blocks in order -> (x_BTD, cache, stats), the last two stacked over layers, or None; over the stages of a pipeline
-        where the mesh has them."""
-        graph, stacked = nnx.split(self.layers)
+        where the mesh has them. Stats are of `layers` only."""
         if mesh_size("stage") == 1:
-            return self._run_some(graph, stacked, 0, x_BTD, None, context, keys_BT, cache)[1:]
-        value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype) if self.value_residual else None
+            value, caches, first = None, {}, 0
+            for name, length in self.stacks.items():
+                graph, stacked = nnx.split(getattr(self, name))
+                value, x_BTD, caches[name], stats = self._run_some(graph, stacked, first, x_BTD, value, context, keys_BT,
+                                                                   None if cache is None else cache[name])
+                first += length
+            return x_BTD, None if cache is None else caches, stats
+        graph, stacked = nnx.split(self.layers)
+        value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype) if self.value_residual else None
         known = all(len(table) == 1 for table in jax.tree.leaves(context.rope))  # the same for every row: not dealt out
 
         def stage(layers, first_layer, x, rows):
@@ -135,7 +165,7 @@ class Transformer(nnx.Module):
                 outs.append(out)
             return value, x_BTD, *stack(outs)
         if self.value_residual and value is None:
-            value = jnp.zeros((*x_BTD.shape[:2], *self.cache_shape), x_BTD.dtype)
+            value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype)
 
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
@@ -150,9 +180,16 @@ class Transformer(nnx.Module):
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @property
+    def stacks(self) -> dict:
+        """{"layers": number of layers}, and before them "first_layers" where there are any."""
+        first = {"first_layers": self.num_dense} if self.num_dense else {}
+        return {**first, "layers": self.num_layers - self.num_dense}
+
+    @property
     def head_kernel(self):
-        """(D, V): the transposed embedding where tied."""
-        return self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+        """(D, V): the transposed embedding where tied; with what scales logits in it."""
+        kernel = self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+        return kernel if self.logit_scale == 1.0 else kernel * self.logit_scale
 
     def logits(self, x_BTD):
         """-> logits_BTV float32."""
@@ -160,10 +197,15 @@ class Transformer(nnx.Module):
         return softcap(logits, self.final_softcap)
 
     def init_cache(self, batch: int, length: int):
-        """For decoding up to `length` tokens: (tokens (B, S), (keys, values) of every layer, each (L, B, S, K, H))."""
-        shape = (self.num_layers, batch, length, *self.cache_shape)
-        return (jnp.zeros((batch, length), jnp.int32),
-                (jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)))
+        """For decoding up to `length` tokens: (tokens (B, S), {"layers": (keys, values)}), each (L, B, S, K, H); or whatever else
+        the attention keeps of a token."""
+        zeros = lambda L: tuple(jnp.zeros((L, batch, length, *shape), self.compute_dtype) for shape in self.cache_shapes)
+        return jnp.zeros((batch, length), jnp.int32), {name: zeros(layers) for name, layers in self.stacks.items()}
+
+
+def stack_blocks(number: int, build, rngs):
+    """`number` blocks, each parameter stacked along a new first axis."""
+    return nnx.split_rngs(splits=number)(nnx.vmap(build, in_axes=0, out_axes=0))(rngs)
 
 
 def unstack(tree, length: int) -> list:

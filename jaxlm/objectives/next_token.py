@@ -3,6 +3,7 @@ global batch, so that accumulation, data parallelism and evaluation agree exactl
 
 import jax.numpy as jnp
 
+from jaxlm.errors import UserError
 from jaxlm.kernels.cross_entropy import cross_entropy
 from jaxlm.models.moe import build_router_loss
 from jaxlm.registry import Registry
@@ -17,6 +18,9 @@ def build_objective(config):
 @OBJECTIVES.register("next_token")
 def next_token(config):
     """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss, label smoothing and the routers' losses."""
+    if config.model.family in ("encoder", "encoder_decoder"):
+        raise UserError(f"objective.name='next_token': model.family={config.model.family!r} does not tell the next token from "
+                        "those before; use model.family=decoder")
     isolate = config.data.isolate_documents
     z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
     router_loss = build_router_loss(config)

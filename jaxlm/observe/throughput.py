@@ -23,8 +23,13 @@ def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
     m, T = config.model, config.seq_len
     reach_of = {"L": min(T, m.window), "G": T}
     reach = sum(reach_of[m.window_pattern[i % len(m.window_pattern)]] for i in range(m.num_layers))
-    attention = 6 * m.num_heads * m.head_dim * reach
+    attention = 6 * attention_width(m) * reach
     return 6 * matmul_parameters + attention, 6 * matmul_parameters + 2 * attention
+
+
+def attention_width(m) -> float:
+    """N H; where values are shorter than keys, of the mean."""
+    return m.num_heads * (m.head_dim + (m.value_head_dim or m.head_dim)) / 2
 
 
 def peak_memory_bytes() -> int:

@@ -18,30 +18,35 @@ from jaxlm.parallel.rules import mesh_size, spec_of_axes
 AXIS = "context"
 
 
-def attend_on_mesh(local, q_BTNH, k_BSKH, v_BSKH, *, window: int, softcap: float, segment_ids_BT, method: str):
-    """Causal attention under the ambient mesh: rows, heads and sequence stay where they are.
+def attend_on_mesh(local, q_BTNH, k_BSKH, v_BSKH, *, window: int, softcap: float, segment_ids_BT, method: str,
+                   extras):
+    """Attention under the ambient mesh: rows, heads and sequence stay where they are.
 
-    local: (q, k, v, window, softcap, segment_ids, first_query) -> out, a backend, used where each device has whole sequences.
-    method: "ring" (the sequence in the order of `zigzag`) or "all_gather" (in its own order).
+    local: (q, k, v, window, softcap, segment_ids, first_query, extras) -> out, a backend, used where each device has whole
+    sequences. method: "ring" (the sequence in the order of `zigzag`) or "all_gather" (in its own order).
+    extras: `jaxlm.kernels.attention.Extras`; the ring has none, and `all_gather` no bias and no keys of another text.
     """
 
-    def run(q, k, v, segment_ids):
+    def run(q, k, v, segment_ids, sinks, bias, key_segment_ids):
         if mesh_size(AXIS) == 1:
-            return local(q, k, v, window, softcap, segment_ids, 0)
-        attend = ring if method == "ring" else gathered
-        return attend(q * q.shape[-1] ** -0.5, k, v, segment_ids, Rule(window, softcap))
+            here = extras._replace(sinks_N=sinks, bias_NTS=bias, key_segment_ids_BS=key_segment_ids)
+            return local(q, k, v, window, softcap, segment_ids, 0, here)
+        q, rule = q * q.shape[-1] ** -0.5, Rule(window, softcap, extras.causal)
+        return ring(q, k, v, segment_ids, rule) if method == "ring" else gathered(q, k, v, segment_ids, rule, sinks)
 
     heads, rows = spec_of_axes(("batch", "seq", "heads", None)), spec_of_axes(("batch", "seq"))
-    return jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
-        q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    of_heads = spec_of_axes(("heads",))
+    return jax.shard_map(run, in_specs=(heads, heads, heads, rows, of_heads, of_heads, rows), out_specs=heads, check_vma=False)(
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, extras.sinks_N, extras.bias_NTS, extras.key_segment_ids_BS)
 
 
-def gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, rule):
+def gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, rule, sinks_N):
     T = q_BTNH.shape[1]
     whole = lambda a: None if a is None else jax.lax.all_gather(a, AXIS, axis=1, tiled=True)
     mine = jax.lax.axis_index(AXIS) * T + jnp.arange(T)
     keys = Keys(whole(k_BSKH), whole(v_BSKH), jnp.arange(T * mesh_size(AXIS)), whole(segment_ids_BT))
-    return attend_online(Queries(q_BTNH, mine, segment_ids_BT), keys, rule)
+    sinks_BTN = None if sinks_N is None else jnp.broadcast_to(sinks_N, q_BTNH.shape[:-1])
+    return attend_online(Queries(q_BTNH, mine, segment_ids_BT, sinks_BTN), keys, rule)
 
 
 # ---- Zig-zag order --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from jaxlm.parallel.rules import mesh_size, on_a_mesh, spec_of_axes
 
 AXIS = "expert"
 SLACK = 2.0
-KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
+KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed"),
+               "up_bias": ("expert", "mlp"), "gate_bias": ("expert", "mlp"), "down_bias": ("expert", None)}
 
 
 def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
@@ -25,7 +26,7 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
 
     run: (rows_XD, sizes_E, kernels) -> rows_XD: rows in the order of their experts through those experts, kernels by `gather`.
     choices_BTK: expert of each choice; the number of experts (one too many) where a token goes to none and zeros come back.
-    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}.
+    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}, and biases "up_bias": (E, F), ... where there are any.
     """
     if not on_a_mesh():
         return combine(through_own(run, x_BTD, choices_BTK, kernels), weights_BTK).astype(x_BTD.dtype)
@@ -41,13 +42,22 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
         x_BTD, choices_BTK, weights_BTK, kernels)
 
 
-def choose(preferred_BTE, count: int):
+def choose(preferred_BTE, count: int, limit=None):
     """-> choices_BTK, the `count` experts with the highest numbers; of equals, the lower one. XLA's partitioner would gather the
-    whole batch for it."""
-    top, tokens = lambda a: jax.lax.top_k(a, count)[1], spec_of_axes(("batch", "seq", None))
+    whole batch for it. limit: applied to the numbers first, token by token."""
+    top, tokens = lambda a: jax.lax.top_k(limit(a) if limit else a, count)[1], spec_of_axes(("batch", "seq", None))
     if on_a_mesh():
         top = jax.shard_map(top, in_specs=tokens, out_specs=tokens, check_vma=False)
     return top(preferred_BTE)
+
+
+def best_groups(preferred_BTE, groups: int, kept: int, best: int):
+    """Node-limited routing (DeepSeek-V2, arXiv:2405.04434, 2.2.2): -inf but for the experts of those `kept` of `groups` equal
+    groups whose `best` highest numbers have the largest sum."""
+    grouped_BTGE = preferred_BTE.reshape(*preferred_BTE.shape[:-1], groups, -1)
+    score_BTG = jnp.sum(jax.lax.top_k(grouped_BTGE, best)[0], axis=-1)
+    chosen_BTG = jnp.any(jax.lax.top_k(score_BTG, kept)[1][..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(chosen_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(preferred_BTE.shape)
 
 
 def gather(name: str, kernel):

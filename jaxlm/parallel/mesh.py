@@ -101,6 +101,7 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if m.num_heads % sizes["tensor"] == 0:
         divides(m.num_kv_heads, "model.num_kv_heads", ("tensor",))
     divides(m.mlp_dim, "model.mlp_dim", ("tensor",))
+    divides(m.dense_mlp_dim, "model.dense_mlp_dim", ("tensor",))
     if m.feedforward == "moe":
         divides(m.num_experts, "model.num_experts", ("expert",))
     divides(m.embed_dim, "model.embed_dim", ("fsdp",))
@@ -108,6 +109,15 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
     if sizes["context"] > 1 and config.kernels.attention != "auto":
         problems.append(f"kernels.attention={config.kernels.attention!r}: mesh.context={sizes['context']} attends by its own "
                         "tiles (kernels.context), not by a backend; use kernels.attention=auto")
+    for axis in ("context", "stage"):
+        for key, value in (("position", "relative"), ("family", "encoder_decoder")):
+            if sizes[axis] > 1 and getattr(m, key) == value:
+                problems.append(f"model.{key}={value!r}: cannot be cut up over mesh.{axis}={sizes[axis]}; use mesh.{axis}=1")
+    if sizes["context"] > 1 and config.kernels.context == "ring":
+        if m.attention_sinks:
+            problems.append("model.attention_sinks=True: the ring has no attention sinks; use kernels.context=all_gather")
+        if m.family == "encoder":
+            problems.append("model.family='encoder': the ring sees only what comes before; use kernels.context=all_gather")
     chunks = 2 * sizes["context"]
     if sizes["context"] > 1 and config.kernels.context == "ring" and config.seq_len % chunks:
         problems.append(f"seq_len={config.seq_len} is not divisible by 2 x mesh context = {chunks} (the ring deals two chunks to "
@@ -122,6 +132,8 @@ def pipeline_problems(config, sizes: dict, micro: int) -> list[str]:
         each = f" x length of model.window_pattern and rope_pattern = {runs * period}" if period > 1 else f" = {runs}"
         problems.append(f"model.num_layers={m.num_layers} is not divisible by mesh stage x mesh.pipeline_repeats{each}; "
                         f"use model.num_layers={nearest_multiples(m.num_layers, runs * period)}")
+    if m.first_dense_layers:
+        problems.append(f"model.first_dense_layers={m.first_dense_layers}: a pipeline's layers must be alike; use mesh.stage=1")
     asked, stages = config.mesh.pipeline_microbatches, sizes["stage"]
     for name, rows in (("batch_size / grad_accum_steps", micro), ("eval.batch_size", config.eval.batch_size)):
         over = math.prod(sizes[a] for a in BATCH)

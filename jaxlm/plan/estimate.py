@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.kernels.cross_entropy import chunk_tokens
 from jaxlm.models.remat import DOTS, KERNEL, POLICIES
+from jaxlm.observe.throughput import attention_width
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.parallel.mesh import SLOW
 from jaxlm.parallel.rules import BATCH
@@ -79,7 +80,7 @@ class Dimensions:
         self.D, self.V = m.embed_dim, vocab_size / self.tensor
         self.q, self.kv = m.num_heads * m.head_dim / self.tensor, m.num_kv_heads * m.head_dim / self.tensor
         gated = m.expert_form if m.feedforward == "moe" else m.feedforward
-        self.ups = 2 if gated in ("swiglu", "geglu") else 1
+        self.ups = 2 if gated in ("swiglu", "geglu", "clamped_swiglu") else 1
         self.moe = m.feedforward == "moe"
         copies = m.experts_per_token + m.shared_experts if self.moe else 1  # of a token, each through a feed-forward
         self.F = copies * m.mlp_dim / self.tensor
@@ -130,7 +131,7 @@ def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) 
 
 
 def in_layers(path: str) -> bool:
-    return path.startswith("layers/")
+    return path.startswith(("layers/", "first_layers/", "encoder_layers/"))
 
 
 def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, float]:
@@ -200,7 +201,7 @@ def attention_work(config, whole_squares: bool = False) -> float:
     result_kept = config.model.remat == "none" or KERNEL in (*on_device, *on_host)
     again = 0 if config.model.remat == "none" else 2 if not result_kept else 1 if whole_squares else 0  # `plain` needs its scores
     products = 2 + again + (4 if whole_squares else 7)
-    tokens, width = config.batch_size * config.seq_len, config.model.num_heads * config.model.head_dim
+    tokens, width = config.batch_size * config.seq_len, attention_width(config.model)
     return tokens * products * 2 * width * reach(config) * (1 if whole_squares else 0.5)
 
 
@@ -208,7 +209,7 @@ def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, floa
     """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
     m, tokens = config.model, config.batch_size * config.seq_len
     matmul = sizes.model.num_matmul_parameters
-    model_flops = tokens * (6 * matmul + 6 * m.num_heads * m.head_dim * reach(config))
+    model_flops = tokens * (6 * matmul + 6 * attention_width(m) * reach(config))
     on_device, on_host = kept(m.remat)
     again = 0.0
     if m.remat != "none":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.models import encoder, encoder_decoder  # noqa: F401  register themselves
 from jaxlm.models.parameter import ParamSpec, spec_of
 from jaxlm.models.transformer import FAMILIES
 from jaxlm.parallel.rules import constrain, fit, rules_of_parameters, sharding_of, spec_of_axes

@@ -1,0 +1,43 @@
+"""Cross-attention: queries of one text, keys and values of another (Vaswani et al., arXiv:1706.03762, 3.2.3)."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.kernels.attention import Extras, attend
+from jaxlm.kernels.quantized import form_of
+from jaxlm.models.attention import OutProjection, Projection, query_scale
+
+
+class Memory(NamedTuple):
+    """An encoded text: what a decoder looks at."""
+
+    x_BSD: Any
+    segment_ids_BS: Any = None  # 0 is padding; with packed documents, as those of the queries; None: all is one text
+
+
+class CrossAttention(nnx.Module):
+    def __init__(self, config, rngs, inits):
+        m = config.model
+        hidden, form = inits.hidden(m.embed_dim), lambda name: form_of(config, f"attention.cross.{name}")
+        self.scale = query_scale(m)
+        self.query = Projection(m, rngs, m.num_heads, hidden, form("query"))
+        self.key = Projection(m, rngs, m.num_kv_heads, hidden, form("key"))
+        self.value = Projection(m, rngs, m.num_kv_heads, hidden, form("value"))
+        self.out = OutProjection(m, rngs, inits.output(m.num_heads * m.head_dim), form("out"))
+
+    def keys_values(self, x_BSD):
+        """-> (k_BSKH, v_BSKH) of the memory, the same for every token that is decoded."""
+        return self.key(x_BSD), self.value(x_BSD)
+
+    def __call__(self, x_BTD, context, cache=None):
+        """-> x_BTD. cache: `keys_values`, where they are known."""
+        memory = context.memory
+        k_BSKH, v_BSKH = self.keys_values(memory.x_BSD) if cache is None else cache
+        ids_BT = None
+        if memory.segment_ids_BS is not None:
+            ids_BT = context.segment_ids if context.segment_ids is not None else jnp.ones(x_BTD.shape[:2], jnp.int32)
+        out_BTNH = attend(self.query(x_BTD) * self.scale, k_BSKH, v_BSKH, backend=context.backend, segment_ids_BT=ids_BT,
+                          extras=Extras(causal=False, key_segment_ids_BS=memory.segment_ids_BS))
+        return self.out(out_BTNH)

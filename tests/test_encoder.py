@@ -1,0 +1,202 @@
+"""BERT: attention both ways, token types, norms after the sums, heads; against `transformers`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_mesh
+from flax import nnx
+from parity import LENGTH, Pair, gradients_of, make_config, randomise, stacked
+
+from jaxlm.config import validate
+from jaxlm.errors import UserError
+from jaxlm.kernels import attention
+from jaxlm.kernels.attention import Extras, attend, choose_backend
+from jaxlm.objectives.next_token import build_objective
+from jaxlm.parallel.compile import jit
+from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
+from jaxlm.parallel.rules import replicated
+from jaxlm.train.state import build_model, flatten_paths
+
+N, H = 4, 8
+
+
+def to_params(arrays):
+    layer = lambda name, form=lambda a: a: stacked(arrays, "bert.encoder.layer.{}." + name, range(2), form)
+    norm = lambda name: {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
+    linear = lambda name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}
+    layer_norm = lambda name: {"scale": layer(f"{name}.weight"), "bias": layer(f"{name}.bias")}
+    layer_linear = lambda name: {"kernel": layer(f"{name}.weight", np.transpose), "bias": layer(f"{name}.bias")}
+    projection = lambda name: {"kernel": layer(f"attention.self.{name}.weight", lambda a: a.T.reshape(-1, N, H)),
+                               "bias": layer(f"attention.self.{name}.bias", lambda a: a.reshape(N, H))}
+    out = {"kernel": layer("attention.output.dense.weight", lambda a: a.T.reshape(N, H, -1)),
+           "bias": layer("attention.output.dense.bias")}
+    params = {
+        "embedding": arrays["bert.embeddings.word_embeddings.weight"],
+        "token_type_embedding": arrays["bert.embeddings.token_type_embeddings.weight"],
+        "position": {"embedding": arrays["bert.embeddings.position_embeddings.weight"]},
+        "embed_norm": norm("bert.embeddings.LayerNorm"),
+        "layers": {
+            "attention": {"query": projection("query"), "key": projection("key"), "value": projection("value"), "out": out},
+            "sum_norm1": layer_norm("attention.output.LayerNorm"), "sum_norm2": layer_norm("output.LayerNorm"),
+            "feedforward": {"up": layer_linear("intermediate.dense"), "down": layer_linear("output.dense")}}}
+    if "cls.predictions.bias" in arrays:
+        params |= {"transform": linear("cls.predictions.transform.dense"), "head_bias": arrays["cls.predictions.bias"],
+                   "transform_norm": norm("cls.predictions.transform.LayerNorm")}
+    if "bert.pooler.dense.weight" in arrays:
+        params["pooler"] = linear("bert.pooler.dense")
+    if "classifier.weight" in arrays:
+        params["classifier"] = linear("classifier")
+    return params
+
+
+OURS = dict(family="encoder", num_layers=2, embed_dim=32, num_heads=N, mlp_dim=40, norm="layer", norm_eps=1e-12,
+            norm_place="sum", embed_norm=True, position="learned", token_types=2, attention_bias=True, mlp_bias=True,
+            feedforward="gelu_exact")
+
+
+@functools.cache
+def pair(kind="MaskedLM", backend="plain", isolate=False):
+    pytest.importorskip("torch").manual_seed(0)
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"BertFor{kind}")(transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=N, intermediate_size=40, num_labels=3,
+        max_position_embeddings=LENGTH, pad_token_id=None, attn_implementation="eager"))
+    heads = dict(masked_lm_head=True) if kind == "MaskedLM" else dict(pooler=True, num_classes=3)
+    config = make_config(**OURS, **heads)
+    config.data.isolate_documents = isolate
+    return Pair(config, randomise(theirs, 0.2), to_params, backend)
+
+
+TYPES = np.tile((np.arange(LENGTH) >= 50).astype(np.int32), (2, 1))
+LIVE = np.arange(LENGTH) < np.array([[LENGTH], [70]])
+
+
+@pytest.mark.parametrize("backend", ["plain", "blockwise"])
+def test_logits_of_masked_words(backend):
+    pair("MaskedLM", backend).check_logits()
+
+
+def test_token_types():
+    mine = pair()
+    mine.close(mine.forward(mine.params, mine.tokens, token_types_BT=TYPES),
+               mine.reference(mine.tokens, token_type_ids=TYPES.astype(np.int64)))
+
+
+@pytest.mark.parametrize("backend", ["plain", "blockwise"])
+def test_padding_is_not_seen(backend):
+    pair("MaskedLM", backend).check_padding()
+
+
+def test_packed_documents():
+    pair("MaskedLM", "blockwise", True).check_packed()
+
+
+def test_gradients():
+    pair().check_gradients(zero="key/bias")  # it moves all scores of a query alike
+
+
+def test_classes_and_their_gradients():
+    torch, mine = pytest.importorskip("torch"), pair("SequenceClassification")
+    labels = np.array([2, 0])
+    wanted = mine.torch(torch.tensor(mine.tokens).long(), attention_mask=torch.tensor(LIVE), labels=torch.tensor(labels))
+    mine.torch.zero_grad()
+    wanted.loss.backward()
+
+    def loss(params):
+        module = nnx.merge(mine.model.graph, params)
+        logits = module.classes(module.hidden(mine.tokens, segment_ids_BT=LIVE.astype(np.int32))[0])
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(mine.params)
+    mine.close(logits, wanted.logits.detach().numpy())
+    want = flatten_paths(to_params(gradients_of(mine.torch)))
+    for path, found in flatten_paths(gradient).items():
+        scale = np.linalg.norm(want[path]) if "key/bias" not in path else 1.0
+        assert np.linalg.norm(found - want[path]) < 1e-4 * scale, path
+
+
+# ---- Attention both ways ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend, tile", [("plain", 0), ("blockwise", 0), ("blockwise", 16)])
+@pytest.mark.parametrize("segments, S", [(False, 75), (True, 75), (False, 50), (True, 50)])
+def test_attention_both_ways_equals_float64(backend, tile, segments, S, monkeypatch):
+    """S: as many keys as queries, or those of another text."""
+    if tile:
+        monkeypatch.setattr(attention, "LONG", 0)
+        monkeypatch.setattr(attention, "TILE", tile)
+    rng, T = np.random.default_rng(0), 75
+    q, k, v = rng.standard_normal((2, T, 4, 8)), rng.standard_normal((2, S, 2, 8)), rng.standard_normal((2, S, 2, 8))
+    ids, key_ids = (np.sort(rng.integers(0, 3, (2, length)), axis=1) for length in (T, S))
+    scores = np.einsum("BTNH,BSNH->BNTS", q, np.repeat(k, 2, 2)) / np.sqrt(8)
+    if segments:
+        scores = np.where((ids[:, :, None] == key_ids[:, None])[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = np.einsum("BNTS,BSNH->BTNH", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, 2))
+    extras = Extras(causal=False, key_segment_ids_BS=key_ids if segments else None)
+    run = lambda q, k, v, backend: attend(q, k, v, backend=backend, segment_ids_BT=ids if segments else None, extras=extras)
+    single = [a.astype(np.float32) for a in (q, k, v)]
+    np.testing.assert_allclose(jax.jit(run, static_argnums=3)(*single, backend), exact, atol=2e-5)
+    cotangent = rng.standard_normal(q.shape).astype(np.float32)
+    slopes = [jax.jit(jax.grad(lambda *a, name=name: jnp.vdot(run(*a, name), cotangent), (0, 1, 2)))(*single)
+              for name in (backend, "plain")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), *slopes)
+
+
+@pytest.mark.parametrize("mesh", [dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+                                  dict(mesh__context=4, mesh__data=2, kernels__context="all_gather")])
+def test_every_mesh_gives_the_same_numbers_and_gradient(mesh):
+    config = test_mesh.tiny(**mesh, data__isolate_documents=False, **{
+        f"model__{key}": value for key, value in dict(OURS, masked_lm_head=True, scan_layers=True).items()})
+    validate(config)
+    model, devices = build_model(config, 48, "plain"), build_mesh(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    tokens = np.random.default_rng(0).integers(0, 48, (8, 32)).astype(np.int32)
+    segments = (np.arange(32) < np.array([[32], [20]] * 4)).astype(np.int32)
+
+    def run(params, tokens, segments):
+        def loss(params):
+            module = nnx.merge(model.graph, params)
+            logits = module.logits(module.hidden(tokens, segment_ids_BT=segments)[0])
+            return jnp.sum(jnp.where(segments[..., None] > 0, jnp.cos(logits), 0)) / tokens.size
+
+        return jax.value_and_grad(loss)(params)
+
+    over, alone = jit(devices, run)(*jax.device_put((params, tokens, segments), replicated(devices))), jax.jit(run)(
+        params, tokens, segments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * np.abs(b).max()), over, alone)
+
+
+# ---- What does not fit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "splash"])
+def test_backends_that_are_causal_refuse(backend):
+    config = test_mesh.tiny(model__family="encoder", kernels__attention=backend)
+    with pytest.raises(UserError, match="sees only what comes before"):
+        choose_backend(config, {"cudnn": "gpu", "splash": "tpu"}[backend])
+    ring = test_mesh.tiny(model__family="encoder", mesh__context=2)
+    assert any("use kernels.context=all_gather" in p for p in mesh_problems(ring, axis_sizes(ring, 2), 2))
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(window=4, window_pattern="LG"), "window_pattern"),
+    (dict(family="decoder", pooler=True, token_types=0), "model.pooler=True"),
+    (dict(num_classes=3), "set model.pooler"), (dict(block="parallel"), "model.block='parallel'")])
+def test_what_does_not_fit_is_named(change, word):
+    with pytest.raises(UserError) as error:
+        make_config(**{**OURS, **change})
+    assert len(error.value.problems) == 1 and word in error.value.problems[0]
+
+
+def test_an_encoder_does_not_tell_the_next_token():
+    config = make_config(**OURS)
+    with pytest.raises(UserError, match="use model.family=decoder"):
+        build_objective(config)
+    model = build_model(config, 64, "plain")
+    with pytest.raises(UserError, match="use model.family=decoder"):
+        jax.eval_shape(lambda key: nnx.merge(model.graph, model.init(key)).init_cache(1, 8), jax.random.key(0))
