@@ -75,7 +75,8 @@ class Block(nnx.Module):
         m = config.model
         inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
         self.parallel = m.block == "parallel"
-        norm = lambda where: build_norm(config, m.embed_dim, rngs) if m.norm_place in (where, "both") else NoNorm()
+        places = ("pre", "post") if m.norm_place == "both" else (m.norm_place,)
+        norm = lambda where: build_norm(config, m.embed_dim, rngs) if where in places else NoNorm()
         self.norm1 = norm("pre")
         self.attention = ATTENTIONS[m.attention](config, rngs, inits)
         self.post_norm1, self.sum_norm1 = norm("post"), norm("sum")
