@@ -25,6 +25,7 @@ CASES = {
     "8B v6e-64": case(LLAMA_8B, "batch_size=64", topology="v6e:8x8"),
     "8B v5p-128 context": case(LLAMA_8B, "seq_len=32768", "batch_size=32", "mesh.context=4"),
     "70B v5p-256": case(LLAMA_70B),
+    "70B v5p-256 accumulation": case(LLAMA_70B, "grad_accum_steps=2"),
     "124M v5e-8": ("configs/gpt2_124m.py", "v5e:2x4", [
         "batch_size=128", "grad_accum_steps=1", "model.scan_layers=True", "model.remat=save_attention"]),
 }

@@ -314,3 +314,19 @@ def test_a_second_plan_is_not_compiled_again(tmp_path, monkeypatch):
     assert second.compiled == first.compiled._replace(program=None, executable=None)
     with pytest.raises(pytest.fail.Exception):
         plan(load("configs/llama_1b.py:debug", ["--config.mesh.fsdp=2", "--config.seed=1"]), target, sizes, cache=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, options", [
+    ("configs/shakespeare.py", ["steps=40", "eval.batches=4"]),
+    ("configs/shakespeare.py", ["model.embed_dim=512", "model.num_layers=8", "model.num_heads=8", "seq_len=256", "batch_size=8",
+                                "steps=8", "eval.batches=1"]),
+    ("configs/gpt2_124m.py", ["data.source=synthetic", "data.tokenizer=byte", "batch_size=4", "seq_len=256", "grad_accum_steps=1",
+                              "steps=4", "model.compute_dtype=float32"])])
+def test_a_plan_for_one_cpu_foretells_a_runs_memory(config, options, tmp_path, monkeypatch):
+    """Peak of the whole process, with evaluations and saves: within 15 %."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    options = [f"--config.{o}" for o in (*options, "schedule.warmup_steps=1")]
+    planned = json.loads(run("plan", f"--config={config}", *options, "--json"))["peak_bytes_per_device"]
+    run("train", f"--config={config}", *options, f"--workdir={tmp_path}")
+    assert planned == pytest.approx(json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"], rel=0.15)
