@@ -13,8 +13,9 @@ from jaxlm.plan.hlo import Program as Hlo
 from jaxlm.train.program import Program
 
 # On a CPU what counts is the process: Python, JAX and its compiler; and a save, which goes on beside the next steps, with a copy
-# of the state and the buffers of its writing, about as large. Measured, of runs with tens of MB to GBs of state.
-CPU_PROCESS, COPIES_OF_A_SAVE = 0.36 * 2**30, 2
+# of the state, the work space of its fingerprints and the buffers of its writing. Of the last two it depends on the moment how
+# much is there at once: runs of 0.03 to 1.4 GiB of state took 2 to 3 times the state beside it.
+CPU_PROCESS, COPIES_OF_A_SAVE = 0.4 * 2**30, 2.5
 
 
 class Compiled(NamedTuple):
