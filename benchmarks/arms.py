@@ -85,8 +85,8 @@ class JaxlmArm:
 
         from jaxlm.observe.throughput import flops_per_token, peak_flops
         from jaxlm.parallel.rules import replicated
-        from jaxlm.train.program import build_program
         from jaxlm.train.state import flatten_paths
+        from jaxlm.train.step import build_program
 
         self.program = program = build_program(config, config.model.vocab_size, jax.devices()[:1])
         self.state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)

@@ -14,7 +14,7 @@ from jaxlm.observe import scores
 from jaxlm.observe.throughput import flops_per_token
 from jaxlm.observe.trace import costly_operations
 from jaxlm.train.bench import bench
-from jaxlm.train.program import build_program
+from jaxlm.train.step import build_program
 
 PRESET = "configs/llama3_8b.py:debug"
 

@@ -26,7 +26,7 @@ from jaxlm.plan.hlo import Program as Hlo
 from jaxlm.plan.plan import FACTS, as_json, plan, what_would_fit
 from jaxlm.plan.roofline import EXPOSED, roofline
 from jaxlm.plan.search import candidates, search
-from jaxlm.train.program import build_program
+from jaxlm.train.step import build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans.json"
 

@@ -24,7 +24,7 @@ from jaxlm.plan.facts import bytes_accessed, flops, host_calls, memory, operatio
 from jaxlm.train import loop
 from jaxlm.train.bench import empty_compile_cache
 from jaxlm.train.loop import train
-from jaxlm.train.program import Program, build_program
+from jaxlm.train.step import Program, build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "programs.json"
 CPU = pathlib.Path("/proc/cpuinfo")

@@ -10,7 +10,7 @@ from jaxlm.errors import UserError
 from jaxlm.plan.collectives import collectives_of, summary
 from jaxlm.plan.facts import flops, memory
 from jaxlm.plan.hlo import Program as Hlo
-from jaxlm.train.program import Program
+from jaxlm.train.step import Program
 
 # On a CPU what counts is the process: Python, JAX and its compiler; and a save, which goes on beside the next steps, with a copy
 # of the state, the work space of its fingerprints and the buffers of its writing. Of the last two it depends on the moment how
@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
     other_bytes: int  # by everything else
     network: dict[str, int]  # {"all-gather fsdp": bytes sent, ...}
     compile_seconds: float
-    program: Any = None  # jaxlm.train.program.Program, and what was made of it: None where only the facts were kept
+    program: Any = None  # jaxlm.train.step.Program, and what was made of it: None where only the facts were kept
     executable: Any = None
 
 

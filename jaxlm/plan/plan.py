@@ -101,7 +101,7 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
         stored = json.loads(file.read_text())
         return (None, OutOfMemory(*stored["refused"])) if "refused" in stored else (Compiled(**stored), None)
     from jaxlm.train.bench import empty_compile_cache
-    from jaxlm.train.program import build_program
+    from jaxlm.train.step import build_program
 
     # JAX's own cache could not load a program for devices that are not there, and one that it loaded for a CPU cannot be saved.
     with contextlib.nullcontext() if target.devices[0] in jax.devices() and not keep else empty_compile_cache():

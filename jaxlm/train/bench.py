@@ -23,8 +23,8 @@ from jaxlm.errors import Diverged, UserError
 from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_bytes
 from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.rules import replicated
-from jaxlm.train.program import build_program
 from jaxlm.train.rundir import git_commit
+from jaxlm.train.step import build_program
 
 ELSEWHERE = ("data.", "checkpoint.", "eval.", "observe.")  # keys of what a benchmark leaves out: they may stand unread
 

@@ -31,11 +31,10 @@ from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
-from jaxlm.train.program import build_program
 from jaxlm.train.restore import pretrained_params
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
-from jaxlm.train.step import build_eval_step
+from jaxlm.train.step import build_eval_step, build_program
 from jaxlm.train.stop import StopSignal
 
 
