@@ -297,7 +297,7 @@ def run_plan(args):
     from jaxlm.plan.devices import find
     from jaxlm.plan.estimate import sizes_of
     from jaxlm.plan.plan import as_json, plan, what_would_fit
-    from jaxlm.plan.search import search
+    from jaxlm.plan.search import best_mesh, search
 
     target = find(args.topology, args.slices, args.devices)
     if args.estimate:
@@ -306,12 +306,15 @@ def run_plan(args):
     cache = os.path.join(cache_dir(), "plans")
     say = (lambda line: None) if args.json else functools.partial(print, file=sys.stderr, flush=True)
     if args.search:
-        found = search(config, target, sizes, cache, say)
-        plans = found.plans
+        plans = search(config, target, sizes, cache, say)
         if not plans:
             raise UserError(f"{args.config} on {target.name}: no mesh, rematerialisation and accumulation fits; "
                             + what_would_fit(config, target, sizes))
     else:
+        if config.mesh.auto:
+            layout, why = best_mesh(config, target, sizes)
+            say(f"mesh=auto: {why}")
+            config = layout.config(config)
         plans = [plan(config, target, sizes, cache=cache, keep=bool(args.save))]
     best = plans[0]
     advice = what_would_fit(config, target, sizes) if best.fits is False else ""
@@ -320,7 +323,7 @@ def run_plan(args):
         print(json.dumps({**shown[0], "ranked": shown} if args.search else shown[0]))
     else:
         if args.search:
-            print("\n".join([*report.ranking(found), ""]))
+            print("\n".join([*report.ranking(plans), ""]))
         print("\n".join(report.lines(best, args.config, args.overrides, advice)))
     if args.table:
         print("\n".join(report.parameters(best, sizes)))

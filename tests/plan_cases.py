@@ -29,3 +29,19 @@ CASES = {
     "124M v5e-8": ("configs/gpt2_124m.py", "v5e:2x4", [
         "batch_size=128", "grad_accum_steps=1", "model.scan_layers=True", "model.remat=save_attention"]),
 }
+
+# Published runs: {name: (topology, slices, changes of configs/llama3_8b.py, MFU in % or None, tokens/s a chip)}. MaxText's
+# tiering.md (v6e, v5p) and AXLearn's fuji.py (the rows of several slices). Batch and policy are not always
+# told: ours are likely ones.
+SEVENTY = ["model.num_layers=80", "model.embed_dim=8192", "model.num_heads=64", "model.mlp_dim=28672"]
+OLD = ["seq_len=4096", "model.vocab_size=32000"]
+SLICES = ["mesh.data=4", "mesh.dcn_data=4", "mesh.fsdp=256", "batch_size=1024"]
+PUBLISHED = {
+    "Llama 3.1 8B, 256 v6e, T=8192": ("v6e-256", 1, ["batch_size=768", "model.remat=save_attention"], 45.5, 7207),
+    "Llama 3.1 70B, 256 v6e, T=8192": ("v6e-256", 1, SEVENTY, 50.3, 960),
+    "Llama 2 70B, 256 v6e, T=4096": ("v6e-256", 1, [*SEVENTY, *OLD, "batch_size=512"], 43.8, 900),
+    "Llama 2 70B, 512 v5p, T=4096": ("v5p-1024", 1, [*SEVENTY, *OLD, "batch_size=2048", "model.remat=save_attention"], 65.4, 692),
+    "Llama 2 7B, 4 slices of 256 v5e, T=4096": (
+        "v5e-256", 4, [*OLD, *SLICES, "model.num_kv_heads=32", "model.mlp_dim=11008"], 46, 1853),
+    "Llama 2 70B, 4 slices of 256 v6e, T=4096": ("v6e-256", 4, [*SEVENTY, *OLD, *SLICES], None, 836),
+}

@@ -19,10 +19,10 @@ from flax import nnx
 from jaxlm.config import load
 from jaxlm.data.feed import put_everywhere
 from jaxlm.observe.throughput import flops_per_token
+from jaxlm.parallel.compile import empty_compile_cache
 from jaxlm.parallel.rules import replicated
 from jaxlm.plan.facts import bytes_accessed, flops, host_calls, memory, operations, types, wide_products
 from jaxlm.train import loop
-from jaxlm.train.bench import empty_compile_cache
 from jaxlm.train.loop import train
 from jaxlm.train.step import Program, build_program
 

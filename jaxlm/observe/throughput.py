@@ -20,11 +20,15 @@ def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
     matmul_parameters: P, those in matrix products, the head included, the embedding look-up not. Rematerialisation
     never counts. PaLM convention: arXiv:2204.02311, appendix B.
     """
-    m, T = config.model, config.seq_len
-    reach_of = {"L": min(T, m.window), "G": T}
-    reach = sum(reach_of[m.window_pattern[i % len(m.window_pattern)]] for i in range(m.num_layers))
-    attention = 6 * attention_width(m) * reach
+    attention = 6 * attention_width(config.model) * reach(config)
     return 6 * matmul_parameters + attention, 6 * matmul_parameters + 2 * attention
+
+
+def reach(config) -> int:
+    """Keys before a query that its window lets it see, were it the last; summed over layers."""
+    m, T = config.model, config.seq_len
+    of_kind = {"L": min(T, m.window), "G": T}
+    return sum(of_kind[m.window_pattern[i % len(m.window_pattern)]] for i in range(m.num_layers))
 
 
 def attention_width(m) -> float:

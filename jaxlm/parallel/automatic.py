@@ -8,23 +8,16 @@ from jaxlm.parallel.distributed import share
 
 
 def choose_axes(config, vocab_size: int, devices) -> tuple[dict[str, int], str]:
-    """-> ({"data": 4, ...}, why), by the model of `jaxlm.plan.estimate`; rematerialisation and accumulation are the config's."""
+    """-> ({"data": 4, ...}, why), for devices of this machine or run."""
     from jaxlm.plan.devices import Target
     from jaxlm.plan.estimate import sizes_of
-    from jaxlm.plan.hardware import UNKNOWN, chip_of
-    from jaxlm.plan.search import candidates
+    from jaxlm.plan.hardware import chip_of
+    from jaxlm.plan.search import best_mesh
 
-    kind, limit = devices[0].device_kind, memory_limit(devices)
-    chip = chip_of(kind)
-    target = Target(f"{len(devices)} x {kind}", chip or UNKNOWN, len(devices), 1, None, limit, "")
-    found = candidates(config, target, sizes_of(config, vocab_size), (config.model.remat,), (config.grad_accum_steps,), True)
-    fitting = [c for c in found if c.fits]
-    best = fitting[0] if fitting else min(found, key=lambda c: c.peak)
-    room = f"{best.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB a device"
-    if not fitting:
-        return best.axes, f"of {len(found)} meshes none fits by the estimate; this one needs least, {room}: it may not fit"
-    speeds = "" if chip else ", going by an H100's speeds"
-    return best.axes, f"the fastest by the estimate{speeds} of {len(fitting)} meshes that fit, {room}"
+    kind = devices[0].device_kind
+    target = Target(f"{len(devices)} x {kind}", chip_of(kind), len(devices), 1, None, memory_limit(devices), "")
+    best, why = best_mesh(config, target, sizes_of(config, vocab_size))
+    return best.axes, why
 
 
 def memory_limit(devices) -> float:

@@ -6,8 +6,10 @@ hangs, aborts ("Id can't be larger than the number of participating threads") or
 match collectives by their order. So here each is given a channel of its own before XLA sees the program.
 """
 
+import contextlib
 import functools
 import itertools
+import tempfile
 
 import jax
 from jax.extend.mlir import ir
@@ -53,3 +55,19 @@ def number_channels(module: ir.Module):
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)
+
+
+@contextlib.contextmanager
+def empty_compile_cache():
+    """A persistent compilation cache of its own for the block: what is compiled first there is compiled cold."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    kept = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            jax.config.update("jax_compilation_cache_dir", folder)
+            compilation_cache.reset_cache()  # JAX looks at the setting once
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", kept)
+            compilation_cache.reset_cache()

@@ -44,6 +44,9 @@ def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
         chip = next((chip for chip in CHIPS if chip.name == match[1] and chip.node), None)
         if chip and int(match[2]) > 0:
             count = int(match[2]) * slices
+            if count > chip.node and count % chip.node:
+                raise UserError(f"--topology={topology}: nodes have {chip.node} of them; use {chip.name}x"
+                                f"{count // chip.node * chip.node} or {chip.name}x{-(-count // chip.node) * chip.node}")
             devices = gpu_devices(chip, count)
             missing = "" if devices else ("XLA's compiler for GPUs is not installed: pip install 'jaxlm[gpu-plan]' (5 GB); these "
                                           "figures are of jaxlm.plan.estimate")

@@ -13,12 +13,14 @@ import numpy as np
 
 from jaxlm.kernels.cross_entropy import chunk_tokens
 from jaxlm.models.remat import DOTS, KERNEL, POLICIES
-from jaxlm.observe.throughput import attention_width
+from jaxlm.observe.throughput import attention_width, flops_per_token, reach
 from jaxlm.optimizers.build import build_optimizer
-from jaxlm.parallel.mesh import SLOW
+from jaxlm.parallel.mesh import AXES, SLOW
 from jaxlm.parallel.rules import BATCH
 from jaxlm.plan.hardware import Chip, bandwidth
 from jaxlm.train.state import build_init, build_model, flatten_paths, spec_of_leaf
+
+STATE = ("parameters", "optimizer", "average")  # parts of the memory
 
 
 class Sizes(NamedTuple):
@@ -73,7 +75,6 @@ class Dimensions:
         m = config.model
         rows = config.batch_size / config.grad_accum_steps / math.prod(axes[a] for a in BATCH)
         self.tensor, self.stages, self.fsdp, self.context = axes["tensor"], axes["stage"], axes["fsdp"], axes["context"]
-        self.expert, self.data = axes["expert"], axes["data"]
         self.rows, self.T = rows, config.seq_len / self.context
         self.tokens = rows * self.T  # of a micro-batch
         self.accum, self.layers = config.grad_accum_steps, m.num_layers / self.stages
@@ -108,7 +109,7 @@ def kept(remat: str) -> tuple[list[str], list[str]]:
 
 
 def state_memory(config, sizes: Sizes, axes) -> dict[str, float]:
-    mesh, totals = SimpleNamespace(shape=axes), {"parameters": 0.0, "optimizer": 0.0, "average": 0.0}
+    mesh, totals = SimpleNamespace(shape=axes), dict.fromkeys(STATE, 0.0)
     for path, (shape, itemsize) in sizes.leaves.items():
         spec = spec_of_leaf(mesh, sizes.specs, path, shape, config.mesh.zero_stage)
         part = {"params": "parameters", "ema": "average"}.get(path.partition("/")[0], "optimizer")
@@ -121,7 +122,7 @@ def cuts(spec, axes) -> int:
     return math.prod(axes[name] for names in spec if names for name in np.atleast_1d(names))
 
 
-def shard_size(config, sizes: Sizes, axes, only=lambda path: True, whole=False) -> float:
+def shard_size(sizes: Sizes, axes, only=lambda path: True, whole=False) -> float:
     """Parameters on one device, as gradients lie, cut up over fsdp too; whole: gathered over fsdp."""
     mesh, total = SimpleNamespace(shape={**axes, "fsdp": 1} if whole else axes), 0.0
     for path, spec in sizes.specs.items():
@@ -152,11 +153,9 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, fl
         saved *= 1 + 1 / 2
 
     if m.param_dtype != m.compute_dtype:  # XLA casts all layers' parameters before it goes over them
-        lying = SimpleNamespace(shape={**axes, "fsdp": 1} if config.mesh.zero_stage == 1 else axes)
-        saved += c * sum(math.prod(spec.shape) / cuts(spec_of_leaf(lying, sizes.specs, "opt/" + path, spec.shape, 3), lying.shape)
-                         for path, spec in sizes.specs.items() if in_layers(path))
-    gradients = shard_size(config, sizes, axes) * 4 * (2 if d.accum > 1 else 1)
-    layer = shard_size(config, sizes, axes, in_layers, whole=True) / d.layers * c
+        saved += c * shard_size(sizes, axes, in_layers, whole=config.mesh.zero_stage == 1)
+    gradients = shard_size(sizes, axes) * 4 * (2 if d.accum > 1 else 1)
+    layer = shard_size(sizes, axes, in_layers, whole=True) / d.layers * c
     working = d.tokens * c * (5 * d.F + 2 * d.D + 2 * d.q + 2 * d.kv) + 3 * layer
     if d.fused:
         working += d.tokens * c * 2 * d.ups * d.F
@@ -184,13 +183,6 @@ def offloaded(config, d: Dimensions) -> float:
 # ---- Work -------------------------------------------------------------------------------------------------------------------
 
 
-def reach(config) -> float:
-    """Keys that a query sees, summed over layers, if nothing is masked but what lies outside the window."""
-    m, T = config.model, config.seq_len
-    pattern = [min(T, m.window) if letter == "L" else T for letter in m.window_pattern]
-    return sum(pattern[i % len(pattern)] for i in range(m.num_layers))
-
-
 def attention_work(config, whole_squares: bool = False) -> float:
     """FLOPs of attention's own products in a step, on all devices: two forward, again where they are done again, and in the
     backward pass of a fused kernel seven (FlashAttention-2 as splash does it: the scores once for dQ, once for dK and dV).
@@ -207,22 +199,26 @@ def attention_work(config, whole_squares: bool = False) -> float:
 
 def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, float]:
     """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
-    m, tokens = config.model, config.batch_size * config.seq_len
-    matmul = sizes.model.num_matmul_parameters
-    model_flops = tokens * (6 * matmul + 6 * attention_width(m) * reach(config))
-    on_device, on_host = kept(m.remat)
-    again = 0.0
-    if m.remat != "none":
-        kinds = {"query": "query", "key": "key", "value": "value", "attention_out": "out", "gate": "gate", "up": "up"}
-        for path, spec in sizes.specs.items():
-            if not in_layers(path) or not spec.num_inputs:
-                continue
-            module = path.split("/")[-2]
-            name = next((n for n, kind in kinds.items() if kind == module), None)
-            # The last product of a block is not needed again: only the next block's input is made of it.
-            if module != "down" and name not in (*on_device, *on_host):
-                again += 2 * math.prod(spec.shape) * spec.share
-    return tokens * (6 * matmul + again) + attention_work(config, whole_squares), model_flops
+    tokens, matmul = config.batch_size * config.seq_len, sizes.model.num_matmul_parameters
+    products = tokens * (6 * matmul + 2 * products_again(config, sizes)) + attention_work(config, whole_squares)
+    return products, tokens * flops_per_token(config, matmul)[0]
+
+
+def products_again(config, sizes: Sizes) -> float:
+    """Parameters of a token's products that rematerialisation does a second time."""
+    if config.model.remat == "none":
+        return 0.0
+    known = set().union(*kept(config.model.remat))
+    names = {"attention/query": "query", "attention/key": "key", "attention/value": "value", "attention/out": "attention_out",
+             "feedforward/gate": "gate", "feedforward/up": "up"}
+    total = 0.0
+    for path, spec in sizes.specs.items():
+        module = "/".join(path.split("/")[1:-1])
+        # The last product of a block is not needed again: only the next block's input is made of it. Of routed experts it is,
+        # for the gradient of their weights; nothing of theirs has a name.
+        if in_layers(path) and spec.num_inputs and module != "feedforward/down" and names.get(module) not in known:
+            total += math.prod(spec.shape) * spec.share
+    return total
 
 
 def passes(config) -> int:
@@ -234,7 +230,7 @@ def passes(config) -> int:
 def moved(config, d: Dimensions, sizes: Sizes, axes, memory) -> tuple[float, float]:
     """-> bytes that (matrix products, everything else) move through memory in a step."""
     c, n = d.compute, d.tokens * d.accum
-    layer_parameters = shard_size(config, sizes, axes, in_layers, whole=True)
+    layer_parameters = shard_size(sizes, axes, in_layers, whole=True)
     again = passes(config) - 2
     # A product reads two arrays and writes one; the backward pass has two products for each of the forward.
     arrays = d.q + 2 * d.kv + d.q + 2 * d.ups * d.F + d.F + 4 * d.D
@@ -242,9 +238,9 @@ def moved(config, d: Dimensions, sizes: Sizes, axes, memory) -> tuple[float, flo
     attention = d.layers * n * c * (2 * d.q + 2 * d.kv) * (4 + again)
     head = n * d.V * (4 + 3 * c) + d.accum * d.D * d.V * (2 * c + 8)
     others = d.layers * n * c * (8 * d.D / d.tensor + 6 * d.D + 6 * (d.q + d.kv)) * (2 + again) + 3 * n * d.V * c
-    state = sum(memory.get(part, 0) for part in ("parameters", "optimizer", "average"))
-    others += 2 * state + 2 * shard_size(config, sizes, axes) * 4 * d.accum
-    others += passes(config) * d.accum * shard_size(config, sizes, axes, in_layers, whole=True) * c if d.fsdp > 1 else 0
+    state = sum(memory.get(part, 0) for part in STATE)
+    others += 2 * state + 2 * shard_size(sizes, axes) * 4 * d.accum
+    others += passes(config) * d.accum * shard_size(sizes, axes, in_layers, whole=True) * c if d.fsdp > 1 else 0
     return products + attention + head, others
 
 
@@ -260,31 +256,48 @@ def traffic(config, d: Dimensions, sizes: Sizes, axes) -> dict[str, float]:
             share = (axes[axis] - 1) / axes[axis] * (2 if kind == "all-reduce" else 1)
             sent[f"{kind} {axis}"] = sent.get(f"{kind} {axis}", 0.0) + size * share
 
-    layers = shard_size(config, sizes, axes, in_layers, whole=True)
-    rest = shard_size(config, sizes, axes, lambda path: not in_layers(path), whole=True)
+    layers = shard_size(sizes, axes, in_layers, whole=True)
+    rest = shard_size(sizes, axes, lambda path: not in_layers(path), whole=True)
     if config.mesh.zero_stage == 3:
         add("all-gather", "fsdp", d.accum * (passes(config) * layers + 2 * rest) * c)
         add("all-reduce", "fsdp", d.accum * layers * c + rest * 4)
     else:
         add("reduce-scatter", "fsdp", d.accum * (layers + rest) * 4)
         add("all-gather", "fsdp", (layers + rest) * 4)
-    add("all-reduce", "data", d.accum * shard_size(config, sizes, axes) * 4)
+    add("all-reduce", "data", d.accum * shard_size(sizes, axes) * 4)
     row = d.layers * d.accum * d.tokens * d.D * c
-    add("all-gather", "tensor", row * 2 * (passes(config) - 1 + 1))
+    add("all-gather", "tensor", row * 2 * passes(config))
     add("reduce-scatter", "tensor", row * 2 * passes(config))
     add("collective-permute", "context", 2 * d.kv * d.layers * d.accum * d.tokens * c * axes["context"] * (passes(config) + 1))
     if d.moe:
-        add("all-to-all", "expert", 2 * config.model.experts_per_token * row * (passes(config)))
+        add("all-to-all", "expert", 2 * config.model.experts_per_token * row * passes(config))
     add("collective-permute", "stage", 2 * d.accum * d.tokens * d.D * c * 2)
     return sent
 
 
 def network_seconds(config, sent: dict[str, float], axes, chip: Chip, slices: int) -> float:
-    """sent: {"all-gather fsdp": bytes, "all-reduce data+fsdp": ...}. One axis after the other, none beside another."""
+    """sent: {"all-gather fsdp": bytes, "all-reduce data+fsdp": ...}. One axis after the other, none beside another. Over slices
+    or nodes, each device sends its own part once, and the rest goes round in its slice or node."""
     seconds, devices = 0.0, math.prod(axes.values())
     for name, size in sent.items():
         names = [axis for axis in name.split()[1].split("+") if axis in axes]
-        slow = math.prod(getattr(config.mesh, f"dcn_{axis}") for axis in names if axis in SLOW)
-        if names:
-            seconds += size / bandwidth(chip, math.prod(axes[a] for a in names), devices, slices, slow)
+        members = math.prod(axes[axis] for axis in names)
+        if members == 1:
+            continue
+        outer = slow_part(config, names, axes, chip)
+        if outer > 1:
+            seconds += size * (outer - 1) / (members - 1) / chip.slow_bandwidth
+        if outer < members:
+            seconds += size / bandwidth(chip, members // outer, devices // slices)
     return seconds
+
+
+def slow_part(config, names: list[str], axes, chip: Chip) -> int:
+    """Slices or nodes that these axes go over. TPU: as the config says. GPU: devices stand in the order of AXES, the last axis
+    side by side, so an axis leaves the node where it and those behind it are more than one holds."""
+    if chip.torus:
+        return math.prod(getattr(config.mesh, f"dcn_{axis}") for axis in names if axis in SLOW)
+    last = max(AXES.index(axis) for axis in names)
+    step = math.prod(axes[axis] for axis in AXES[last + 1 :])  # from one member to the next
+    members = math.prod(axes[axis] for axis in names)
+    return min(members, max(1, members * step // chip.node))

@@ -1,7 +1,8 @@
 """What accelerators can do: the one table behind MFU, the roofline and the limits of memory. Figures are the vendors' own.
 
-Sources: TPU v4, v5e, v5p, v6e: cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e) and jax-ml.github.io/scaling-book/tpus (links).
-GPU: NVIDIA's data sheets of A100, H100, H200, B200 (dense bfloat16, never the sparse figure; NVLink one way).
+Sources: TPU v4, v5e, v5p, v6e: cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e) and jax-ml.github.io/scaling-book/tpus (links, PCIe,
+network between slices; rounded). GPU: NVIDIA's data sheets of A100, H100, H200, B200 (dense bfloat16, never the sparse figure;
+NVLink one way); between nodes 400 Gb/s for each GPU (A100: 200), PCIe 5 (4), as in DGX machines.
 """
 
 import re
@@ -14,9 +15,9 @@ class Chip(NamedTuple):
     name: str
     kinds: tuple[str, ...]  # `device_kind`s of JAX
     peak_flops: float  # FLOP/s in bfloat16
-    memory_bytes: float  # that a program can use; None: not known
+    memory_bytes: float  # that a program can use
     memory_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s one way: of a TPU along one dimension of its torus, of a GPU over NVLink
+    link_bandwidth: float  # bytes/s sent: by a TPU both ways round one dimension of its torus, by a GPU over NVLink
     slow_bandwidth: float  # bytes/s of one device to others out of its slice or node
     host_bandwidth: float  # bytes/s between one device and the host's memory
     torus: int = 0  # dimensions of a TPU's torus
@@ -48,17 +49,14 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
-def bandwidth(chip: Chip, size: int, devices: int, slices: int = 1, outer: int = 1) -> float:
-    """Bytes/s that one device sends in a ring of `size` along one axis of a mesh of `devices`.
+def bandwidth(chip: Chip, size: int, devices: int) -> float:
+    """Bytes/s that one device sends in a ring of `size` along one axis of a mesh of `devices`, all in one slice or node.
 
     A TPU's ring runs both ways round one dimension of the torus, or several where the axis is so long that it spans them.
-    outer: part of the axis that goes over slices; then the slow network sets the pace.
     """
-    if outer > 1:
-        return chip.slow_bandwidth
     if not chip.torus:
-        return chip.link_bandwidth if size <= chip.node else chip.slow_bandwidth
-    side = max(2.0, (devices / slices) ** (1 / chip.torus))
+        return chip.link_bandwidth
+    side = max(2.0, devices ** (1 / chip.torus))
     spanned, reach = 1, side
     while reach * 1.01 < size and spanned < chip.torus:
         spanned, reach = spanned + 1, reach * side

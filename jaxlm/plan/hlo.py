@@ -12,7 +12,10 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 # Of no cost in memory: names for what is there already, and control flow, whose bodies are visited.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "iota", "opt-barrier", "custom-call-done"}
-PRODUCTS = ("dot", "convolution", "custom-call")
+PRODUCTS = ("dot", "convolution")
+# Of custom calls: kernels, which count as products, by how their names begin; and those that only name or reserve memory.
+KERNELS = ("tpu_custom_call", "__cublas", "__cudnn", "__triton", "__onednn")
+BOOKKEEPING = {"AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast"}
 CALLS = re.compile(r"\b(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
                    r"(?:\{([^}]*)\}|%?([\w.\-]+))")
 
@@ -23,6 +26,12 @@ class Operation(NamedTuple):
     shape: str  # of the result on one device, as HLO writes it
     operands: tuple[str, ...]
     line: str
+
+    @property
+    def target(self) -> str:
+        """Of a custom call."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.line)
+        return found[1] if found else ""
 
     @property
     def called(self) -> list[str]:
@@ -57,12 +66,10 @@ class Program:
         """XLA's own note, else the number that the condition compares with: loops that JAX makes count up from 0."""
         if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.line):
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", loop.line)
-        lines = [o.line for o in self.computations[condition[1]].values()] if condition else []
-        compared = any("direction=LT" in line for name in self.reached(condition[1]) for line in
-                       (o.line for o in self.computations[name].values())) if condition else False
-        limits = [int(n) for line in lines for n in re.findall(r"constant\((\d+)\)", line)]
-        return max(limits) if compared and limits else 1
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.line)[1]
+        text = "\n".join(o.line for name in self.reached(condition) for o in self.computations[name].values())
+        limits = re.findall(r"\bconstant\((\d+)\)", text)
+        return max(map(int, limits)) if limits and "direction=LT" in text else 1
 
     def reached(self, name: str) -> list[str]:
         """The computation and those that it calls."""
@@ -70,21 +77,22 @@ class Program:
         return [name, *(other for c in inner for other in self.reached(c))]
 
     def has_product(self, operation: Operation) -> bool:
-        """A matrix product, or a kernel, which is one to XLA."""
-        if operation.kind in PRODUCTS:
-            return True
-        return operation.kind == "fusion" and any(inner.kind in PRODUCTS for name in operation.called if name in self.computations
-                                                  for other in self.reached(name) for inner in self.computations[other].values())
+        """A matrix product, or a kernel, which is taken for one."""
+        inside = [inner for name in operation.called if operation.kind == "fusion" and name in self.computations
+                  for other in self.reached(name) for inner in self.computations[other].values()]
+        return any(o.kind in PRODUCTS or o.target.startswith(KERNELS) for o in (operation, *inside))
 
     def moved(self, computation: str, operation: Operation) -> int:
         """Bytes of the device's memory that one run of the operation reads and writes: operands and results, but for what lies
         in another memory (a TPU's VMEM) and, of an array that is only sliced or updated in place, the slice alone."""
-        if operation.kind in FREE or operation.kind.endswith("-done"):
+        if operation.kind in FREE or operation.kind.endswith("-done") or operation.target in BOOKKEEPING:
             return 0
         here = self.computations[computation]
         shapes = [here[name].shape for name in operation.operands if name in here]
-        if operation.kind in ("copy-start", "slice-start"):  # the result names the source too
-            return main_memory(shapes[0]) and main_memory(first_of(operation.shape)) or bytes_of(first_of(operation.shape))
+        if operation.kind in ("copy-start", "slice-start"):  # the result names the source too: behind the copy, before the slice
+            kind, dims, layout = arrays(operation.shape)[operation.kind == "slice-start"]
+            copy = f"{kind}[{dims}]{layout}"
+            return bytes_of(copy) * (bool(main_memory(shapes[0])) + bool(main_memory(copy)))
         if operation.kind in ("dynamic-slice", "slice", "gather"):
             return 2 * main_memory(operation.shape)
         if operation.kind == "dynamic-update-slice":
@@ -132,8 +140,3 @@ def main_memory(shape: str) -> int:
     """As `bytes_of`, without arrays in another memory space, which the layout names: S(1) and so on."""
     return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims, layout in arrays(shape)
                if kind in BYTES and "S(" not in layout)
-
-
-def first_of(shape: str) -> str:
-    kind, dims, layout = arrays(shape)[0]
-    return f"{kind}[{dims}]{layout}"

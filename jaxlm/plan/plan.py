@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.mesh import axis_sizes, mesh_problems
+from jaxlm.parallel.compile import empty_compile_cache
+from jaxlm.parallel.mesh import SLOW, axis_sizes, mesh_problems
 from jaxlm.plan.compiled import Compiled, OutOfMemory, compile_step
 from jaxlm.plan.devices import Target
-from jaxlm.plan.estimate import Estimate, Sizes, attention_work, estimate, network_seconds
+from jaxlm.plan.estimate import STATE, Estimate, Sizes, attention_work, estimate, network_seconds
 from jaxlm.plan.roofline import Roofline, roofline
 
 MARGIN = 0.95  # of the limit: an estimate above this share of it is said not to fit
@@ -44,11 +45,15 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part, in all `peak`. What the compiler holds beyond the parts that can be told from sizes is "temporaries"."""
-        parts = dict(self.estimate.memory)
-        if self.compiled or self.refused:
-            parts["temporaries"] = max(0.0, self.peak - sum(size for part, size in parts.items() if part != "temporaries"))
-        return parts
+        """Bytes by part, in all `peak`. The state's are exact. What the compiler holds beyond the parts that can be told from
+        sizes is "temporaries"; where it holds less than those, it found room for them in one another: they are told smaller."""
+        state = {part: size for part, size in self.estimate.memory.items() if part in STATE}
+        rest = {part: size for part, size in self.estimate.memory.items() if part not in (*STATE, "temporaries")}
+        if not (self.compiled or self.refused):
+            return self.estimate.memory
+        room, told = self.peak - sum(state.values()), sum(rest.values())
+        shrink = min(1.0, room / told) if told else 1.0
+        return state | {part: size * shrink for part, size in rest.items()} | {"temporaries": max(0.0, room - told)}
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -71,7 +76,11 @@ def plan(config, target: Target, sizes: Sizes, compiles: bool = True, cache: str
     Raises UserError: what of the config does not fit the devices' number.
     """
     axes = axis_sizes(config, target.count)
-    if problems := mesh_problems(config, axes, target.count):
+    problems, slow = mesh_problems(config, axes, target.count), math.prod(slow_factors(config).values())
+    if target.slices > 1 and slow != target.slices:
+        problems.append(f"--slices={target.slices}: mesh.dcn_data x dcn_fsdp x dcn_stage is {slow}; set the factor of an axis "
+                        f"that goes over slices, such as --config.mesh.dcn_data={target.slices}, or --search for the best")
+    if problems:
         raise UserError(*problems)
     guess = estimate(config, sizes, axes, target.chip, target.slices)
     compiled = refused = None
@@ -79,6 +88,11 @@ def plan(config, target: Target, sizes: Sizes, compiles: bool = True, cache: str
         compiled, refused = ask_compiler(config, target, sizes, cache, keep)
     limit = refused.limit if refused else target.limit
     return Plan(config, target, axes, guess, compiled, refused, limit, time_of(config, target, axes, guess, compiled))
+
+
+def slow_factors(config) -> dict[str, int]:
+    """{"data": 2, ...}: of each axis that may, the factor that goes over slices or nodes."""
+    return {axis: getattr(config.mesh, f"dcn_{axis}") for axis in SLOW}
 
 
 def time_of(config, target: Target, axes, guess: Estimate, compiled: Compiled | None) -> Roofline | None:
@@ -100,7 +114,6 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
     if file and file.exists() and not keep:
         stored = json.loads(file.read_text())
         return (None, OutOfMemory(*stored["refused"])) if "refused" in stored else (Compiled(**stored), None)
-    from jaxlm.train.bench import empty_compile_cache
     from jaxlm.train.step import build_program
 
     # JAX's own cache could not load a program for devices that are not there, and one that it loaded for a CPU cannot be saved.
@@ -175,6 +188,7 @@ def what_would_fit(config, target: Target, sizes: Sizes) -> str:
 def command(p: Plan, spec: str, overrides=()) -> str:
     """The command that trains as planned."""
     mesh = [f"--config.mesh.{axis}={n}" for axis, n in p.axes.items() if n > 1 or axis in ("data", "fsdp")]
+    mesh += [f"--config.mesh.dcn_{axis}={n}" for axis, n in slow_factors(p.config).items() if n > 1]
     chosen = [*mesh, f"--config.model.remat={p.config.model.remat}", f"--config.grad_accum_steps={p.config.grad_accum_steps}"]
     keys = {part.partition("=")[0] for part in chosen} | {"--config.mesh", "--config.mesh.auto"}
     kept = [o for o in overrides if o.partition("=")[0] not in keys]
@@ -192,7 +206,7 @@ def as_json(p: Plan, spec: str, overrides=()) -> dict:
         "mesh": p.axes, "remat": p.config.model.remat, "command": command(p, spec, overrides),
         "grad_accum_steps": p.config.grad_accum_steps, "source": "compiled" if p.compiled or p.refused else "estimated",
         "devices": p.target.count, "topology": p.target.name, "hbm_bytes": moved, "network_bytes": source.network,
-        "seconds": {"compute": r.compute, "memory": r.memory, "network": r.network} if r else None,
+        "seconds": {"compute": r.compute, "memory": r.memory, "network": r.network, "host": r.host} if r else None,
         "hardware": chip._asdict() if chip else None,
         "compile_seconds": p.compiled.compile_seconds if p.compiled else None,
     }

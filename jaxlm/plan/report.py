@@ -10,7 +10,6 @@ from jaxlm.observe.report import STYLE
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.plan import Plan, command
 from jaxlm.plan.roofline import IGNORES
-from jaxlm.plan.search import Search
 
 GIB = 2**30
 COLORS = {"parameters": "#2563eb", "optimizer": "#7c9ff2", "average": "#b6c8f8", "gradients": "#dc6803", "activations": "#0f9f76",
@@ -57,12 +56,10 @@ def lines(p: Plan, spec: str, overrides=(), advice: str = "") -> list[str]:
     return [*out, f"command   {command(p, spec, overrides)}" if p.fits is not False else f"advice    {advice}"]
 
 
-def ranking(found: Search) -> list[str]:
+def ranking(plans: list[Plan]) -> list[str]:
     """The table of a search."""
-    if not found.plans:
-        return []
     rows = [("", "mesh", "remat", "micro-batches", "GiB a device", "s a step", "tokens/s", "MFU", "limited by", "")]
-    for i, p in enumerate(found.plans, 1):
+    for i, p in enumerate(plans, 1):
         mesh = " x ".join(f"{axis} {n}" for axis, n in p.axes.items() if n > 1) or "one device"
         r = p.roofline
         rows.append((str(i), mesh, p.config.model.remat, str(p.config.grad_accum_steps), gib(p.peak),

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import math
 import statistics
-import tempfile
 import time
 
 import jax
@@ -21,6 +20,7 @@ from jaxlm.data.feed import put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, UserError
 from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_bytes
+from jaxlm.parallel.compile import empty_compile_cache
 from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.rules import replicated
 from jaxlm.train.rundir import git_commit
@@ -124,22 +124,6 @@ def build(config, overrides):
     if unread := tracked.unread(default.get_config(), overrides):
         raise UserError(*unread)
     return data, program, tracked
-
-
-@contextlib.contextmanager
-def empty_compile_cache():
-    """A persistent compilation cache of its own for the block: what is compiled first there is compiled cold."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    kept = jax.config.jax_compilation_cache_dir
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
-            jax.config.update("jax_compilation_cache_dir", folder)
-            compilation_cache.reset_cache()  # JAX looks at the setting once
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", kept)
-            compilation_cache.reset_cache()
 
 
 def matmul_flops(devices) -> float:

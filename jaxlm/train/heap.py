@@ -1,12 +1,14 @@
 """The C library's heap, on a machine without accelerators, where XLA takes the work space of each step from it."""
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 
 
+@functools.cache
 def library():
     """glibc, or None: another C library, or a machine with accelerators, whose step takes its work space elsewhere."""
     accelerators = importlib.metadata.entry_points(group="jax_plugins")
