@@ -230,7 +230,7 @@ def test_parts_of_the_memory_add_up_to_what_the_compiler_says(llama, peak):
     config, sizes = llama
     target, guess = find("h100x8"), estimate(config, sizes, axes(fsdp=16), chip_of("TPU v5 lite"))
     compiled = Compiled(peak, 0, 1.0, 1, 1, {}, 1.0)
-    memory = Plan(config, target, axes(fsdp=16), guess, compiled, None, target.limit, None).memory
+    memory = Plan(config, target, axes(fsdp=16), "cudnn", guess, compiled, None, target.limit, None).memory
     assert sum(memory.values()) == pytest.approx(peak) and memory["parameters"] == guess.memory["parameters"]
     assert (memory["temporaries"] > 0) == (peak > guess.peak)
 
@@ -358,7 +358,10 @@ def test_plan_without_libtpu_says_what_is_missing(no_libtpu, capsys, tmp_path):
     assert cli.main(["plan", "--config=configs/llama_1b.py", "--topology=v5e-16", f"--html={page}",
                      "--config.batch_size=512"]) == 0
     out = capsys.readouterr().out
-    assert "libtpu" in out and "does NOT fit" in out and "advice" in out  # 32 rows a device
+    assert "attention splash" in out and "libtpu" in out and "does NOT fit" in out and "advice" in out  # 32 rows a device
+    assert cli.main(["plan", "--config=configs/llama_1b.py", "--topology=h200x8", "--html=/nowhere/plan.html"]) == 2
+    said = capsys.readouterr()  # cuDNN does not isolate documents
+    assert "attention blockwise, reckoned as if it were a fused kernel" in said.out and "--html=/nowhere/plan.html" in said.err
     text = page.read_text()
     assert text.count("<svg") == 2 and "limit 15.75 GiB" in text and "http" not in text.replace("http://www.w3.org", "")
 

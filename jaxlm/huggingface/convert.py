@@ -6,9 +6,7 @@
 import json
 import os
 import pathlib
-import resource
 import shutil
-import sys
 
 import jax.numpy as jnp
 
@@ -21,6 +19,7 @@ from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import parse_json
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.families.family import MODEL_TYPES, family_of
+from jaxlm.observe.throughput import peak_process_bytes
 from jaxlm.parallel import target
 from jaxlm.parallel.distributed import is_main, share
 from jaxlm.train.restore import config_of_run, mesh_here, open_run
@@ -47,7 +46,7 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     backend, _ = choose_backend(config, target.platform())
     model, mesh = build_model(config, vocab_size, backend), mesh_here(config, vocab_size, overrides)
     params = load_params(source, model, mesh)
-    peak = peak_bytes()
+    peak = peak_process_bytes()
     checkpoints = None
     try:
         share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
@@ -63,13 +62,7 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     size = sum(size_of(s) * s.dtype.itemsize for s in spec_leaves(model.specs))
     say(f"{workdir}: {source.family.model_type}, {model.num_parameters:,} parameters in {config.model.param_dtype} "
         f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak / 1e9:.2f} GB when read, "
-        f"{peak_bytes() / 1e9:.2f} GB when saved")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        f"{peak_process_bytes() / 1e9:.2f} GB when saved")
 
 
 def tokenizer_of(folder: str, workdir: str, vocab_size: int) -> str:

@@ -17,7 +17,8 @@ from jaxlm.parallel.rules import mesh_size, on_a_mesh
 from jaxlm.registry import Registry
 
 BACKENDS = Registry("attention backend", key="kernels.attention")
-KEEPS_ITSELF = ("splash", "cudnn")  # they name what rematerialisation keeps as "attention"; a second name is a second copy
+# One kernel each. They name what rematerialisation keeps as "attention" themselves: a second name would be a second copy.
+FUSED = ("splash", "cudnn")
 LONG = 2048  # above this length `blockwise` goes by tiles
 TILE = 256  # queries and keys of a tile: on 2 cores 0.7 of the time of 512, 0.4 of that of 1024
 
@@ -80,7 +81,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, backend: str, window: int = 0, softcap: fl
                                   segment_ids_BT=segment_ids_BT, method=context_method, extras=extras)
     else:
         out_BTNH = BACKENDS[backend].run(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query, extras)
-    return out_BTNH if backend in KEEPS_ITSELF and mesh_size("context") == 1 else named("attention", out_BTNH)
+    return out_BTNH if backend in FUSED and mesh_size("context") == 1 else named("attention", out_BTNH)
 
 
 def causal_mask(T: int, S: int, window: int, first_query, causal: bool = True):

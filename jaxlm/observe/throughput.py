@@ -41,8 +41,11 @@ def peak_memory_bytes() -> int:
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    return stats["peak_bytes_in_use"] if stats and "peak_bytes_in_use" in stats else peak_process_bytes()
+
+
+def peak_process_bytes() -> int:
+    """The most host memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.errors import UserError
+from jaxlm.kernels.attention import FUSED
 from jaxlm.plan.collectives import collectives_of, summary
 from jaxlm.plan.facts import flops, memory
 from jaxlm.plan.hlo import Program as Hlo
@@ -68,7 +69,7 @@ def compile_step(program: Program, attention_flops: float) -> Compiled:
     peak = m.peak
     if program.mesh.devices.flat[0].platform == "cpu":
         peak = CPU_PROCESS / program.mesh.size + (1 + COPIES_OF_A_SAVE) * m.arguments + m.results - m.aliased + m.temporary
-    fused = program.backend in ("splash", "cudnn")
+    fused = program.backend in FUSED
     work = (flops(program.jaxpr(), kernels=not fused) + attention_flops * fused) / program.mesh.size
     return Compiled(peak, m.arguments, work, product_bytes, other_bytes, sent, seconds, program, executable)
 

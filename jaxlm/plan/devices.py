@@ -23,6 +23,11 @@ class Target(NamedTuple):
     limit: float | None  # bytes of memory that a program can use on one device; None: not known
     missing: str  # then: what would bring one
 
+    @property
+    def platform(self) -> str:
+        """cpu, gpu or tpu."""
+        return self.devices[0].platform if self.devices else "tpu" if self.chip and self.chip.torus else "gpu"
+
 
 def find(topology: str, slices: int = 1, devices: int = 0) -> Target:
     """topology: "v5p:4x4x4", "v5p-128", "h200x8"; empty for this machine's own devices. devices: so many of them.

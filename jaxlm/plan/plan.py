@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from jaxlm.errors import UserError
+from jaxlm.kernels.attention import choose_backend
 from jaxlm.parallel.compile import empty_compile_cache
 from jaxlm.parallel.mesh import SLOW, axis_sizes, mesh_problems
 from jaxlm.plan.compiled import Compiled, OutOfMemory, compile_step
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
     config: object
     target: Target
     axes: dict[str, int]
+    attention: str  # the backend that training would take there
     estimate: Estimate
     compiled: Compiled | None  # None: estimated only, or it does not fit
     refused: OutOfMemory | None
@@ -73,7 +75,7 @@ def plan(config, target: Target, sizes: Sizes, compiles: bool = True, cache: str
         cache: a directory where the compiler's answers are kept, by all that they depend on; empty: none.
         keep: the executable is wanted, so it must be compiled now.
 
-    Raises UserError: what of the config does not fit the devices' number.
+    Raises UserError: what of the config does not fit the devices' number or kind.
     """
     axes = axis_sizes(config, target.count)
     problems, slow = mesh_problems(config, axes, target.count), math.prod(slow_factors(config).values())
@@ -82,12 +84,13 @@ def plan(config, target: Target, sizes: Sizes, compiles: bool = True, cache: str
                         f"that goes over slices, such as --config.mesh.dcn_data={target.slices}, or --search for the best")
     if problems:
         raise UserError(*problems)
+    attention = config.kernels.context if axes["context"] > 1 else choose_backend(config, target.platform)[0]
     guess = estimate(config, sizes, axes, target.chip, target.slices)
     compiled = refused = None
     if compiles and target.devices is not None:
         compiled, refused = ask_compiler(config, target, sizes, cache, keep)
     limit = refused.limit if refused else target.limit
-    return Plan(config, target, axes, guess, compiled, refused, limit, time_of(config, target, axes, guess, compiled))
+    return Plan(config, target, axes, attention, guess, compiled, refused, limit, time_of(config, target, axes, guess, compiled))
 
 
 def slow_factors(config) -> dict[str, int]:
@@ -205,7 +208,8 @@ def as_json(p: Plan, spec: str, overrides=()) -> dict:
         "tokens_per_second": p.tokens_per_second, "mfu": p.mfu, "limited_by": r.limited_by if r else None,
         "mesh": p.axes, "remat": p.config.model.remat, "command": command(p, spec, overrides),
         "grad_accum_steps": p.config.grad_accum_steps, "source": "compiled" if p.compiled or p.refused else "estimated",
-        "devices": p.target.count, "topology": p.target.name, "hbm_bytes": moved, "network_bytes": source.network,
+        "devices": p.target.count, "topology": p.target.name, "attention": p.attention,
+        "hbm_bytes": moved, "network_bytes": source.network,
         "seconds": {"compute": r.compute, "memory": r.memory, "network": r.network, "host": r.host} if r else None,
         "hardware": chip._asdict() if chip else None,
         "compile_seconds": p.compiled.compile_seconds if p.compiled else None,

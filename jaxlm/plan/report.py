@@ -6,6 +6,8 @@ import os
 
 import jax
 
+from jaxlm.errors import UserError
+from jaxlm.kernels.attention import FUSED
 from jaxlm.observe.report import STYLE
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.plan import Plan, command
@@ -35,7 +37,9 @@ def lines(p: Plan, spec: str, overrides=(), advice: str = "") -> list[str]:
     source = (f"compiled in {p.compiled.compile_seconds:.0f} s" if p.compiled else "refused by the compiler" if p.refused
               else f"estimated; {p.target.missing}" if p.target.missing else "estimated")
     out = [f"{spec} on {p.target.name}: {verdict(p)}",
-           f"layout    {mesh}; remat {p.config.model.remat}; {p.config.grad_accum_steps} micro-batch(es); {source}",
+           f"layout    {mesh}; remat {p.config.model.remat}; {p.config.grad_accum_steps} micro-batch(es); attention {p.attention}"
+           + ("" if p.compiled or not p.target.chip or p.attention in FUSED else ", reckoned as if it were a fused kernel"),
+           f"source    {source}",
            "memory    " + "  ".join(f"{part} {gib(size)}" for part, size in p.memory.items()) + "  GiB a device"]
     if r := p.roofline:
         mfu = "" if p.mfu is None else f", MFU {p.mfu:.1%}"
@@ -79,8 +83,8 @@ def parameters(p: Plan, sizes) -> list[str]:
 # ---- plan.html --------------------------------------------------------------------------------------------------------------
 
 
-def write_page(path: str, plans: list[Plan], spec: str, overrides=(), advice: str = "") -> str:
-    """One self-contained page, opens with no network. plans: the best first."""
+def write_page(path: str, plans: list[Plan], spec: str, overrides=(), advice: str = "") -> None:
+    """One self-contained page, opens with no network. plans: the best first. Raises UserError: cannot be written."""
     best = plans[0]
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Plan: {html.escape(spec)} on {html.escape(best.target.name)}</title><style>{STYLE}</style>
@@ -89,10 +93,12 @@ def write_page(path: str, plans: list[Plan], spec: str, overrides=(), advice: st
 <h2>Roofline</h2>{roofline_plot(best) if best.roofline else '<p class="dim">the speed of this hardware is not known</p>'}
 <h2>Plan</h2><pre>{html.escape(chr(10).join(lines(best, spec, overrides, advice)))}</pre></html>"""
     temporary = f"{path}.tmp"
-    with open(temporary, "w") as file:
-        file.write(page)
-    os.replace(temporary, path)
-    return path
+    try:
+        with open(temporary, "w") as file:
+            file.write(page)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--html={path}: cannot be written ({error.strerror}); give a file in a folder that there is") from error
 
 
 def memory_bars(plans: list[Plan]) -> str:
