@@ -78,7 +78,8 @@ def start_jax(config=None, keep_memory: bool = True) -> None:
     if keep_memory:
         heap.keep_freed_memory()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
-    # each core, can leave two collectives waiting for each other's threads for good.
+    # each core, can leave two collectives waiting for each other's threads for good. With more that is rare: XLA starts
+    # collectives that do not depend on one another in any order, on each device its own.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
         os.environ.setdefault("PJRT_NPROC", "256")
     import jax
