@@ -112,7 +112,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.scan_layers = False  # one compiled layer looped (fast compile) or all unrolled (fast step)
     c.model.scan_unroll = 1  # of scan_layers: so many layers (whole window patterns) in each turn of the loop
     c.model.remat = "none"  # none, minimal, save_dots, save_attention, offload, full, or tensors to keep: "attention,offload:up"
+    c.model.lora_rank = 0  # of adapters beside the layers' products (LoRA); where there are any, they alone train. 0: none
+    c.model.lora_alpha = 16.0  # an adapter counts lora_alpha / lora_rank
+    c.model.lora_modules = r"attention\.(query|value)"  # regex on attention.{query,key,value,out}, feedforward.{up,gate,down}
     c.model.from_pretrained = ""  # a jaxlm run or a Hugging Face folder whose parameters start this run
+    c.model.from_scratch = ""  # regex on the parameter's path: those that from_pretrained does not give, such as a new head
+    c.model.adapter = ""  # a folder in PEFT's form: the adapters that this run starts with; it sets the three lora keys
 
     c.objective = ConfigDict()
     c.objective.name = "next_token"
@@ -152,9 +157,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.moment_dtype = "float32"
     # (regex on the parameter's path, learning-rate multiplier, weight-decay multiplier): each parameter must match exactly one
     c.optimizer.groups = (
-        (r".*(embedding|kernel)", 1.0, 1.0),
+        (r".*(embedding|kernel|lora_[ab])", 1.0, 1.0),
         (r".*(scale|bias|mix)", 1.0, 0.0),
     )
+    c.optimizer.freeze = ""  # regex on the parameter's path: those that do not train (no gradient, no moments)
     c.optimizer.nonfinite = "stop"  # a non-finite loss or gradient: stop (exit 3), or skip the update
     c.optimizer.ema_decay = 0.0  # >0: keep a moving average of the parameters and evaluate with it
 

@@ -340,6 +340,7 @@ def add_convert(verb):
     add_workdir(verb)
     verb.add_argument("--from", dest="source", default="", metavar="DIR", help="a Hugging Face folder, to make the run of")
     verb.add_argument("--to", default="", metavar="DIR", help="the Hugging Face folder to make of the run")
+    verb.add_argument("--adapter", action="store_true", help="with --to, the run's LoRA adapters alone, in PEFT's form")
     verb.add_argument("--family", default="", metavar="NAME", help="with --to, its model_type; default: where it came from, or "
                       "the first that has such a model")
 
@@ -354,13 +355,15 @@ def run_convert(args):
         raise UserError("convert: give one of --from=DIR (Hugging Face to --workdir) and --to=DIR (--workdir to Hugging Face)")
     if args.family and not args.to:
         raise UserError(f"--family={args.family}: is of --to; config.json of --from tells it")
+    if args.adapter and not args.to:
+        raise UserError("--adapter: is of --to; adapters that a run starts with are --config.model.adapter=DIR")
     start_jax(keep_memory=False)  # freed buffers of a tensor are not kept for the next
     from jaxlm.huggingface.convert import export_run, import_run
 
     if args.source:
         import_run(args.source, args.workdir, args.overrides)
     else:
-        export_run(args.workdir, args.to, args.overrides, args.family)
+        export_run(args.workdir, args.to, args.overrides, args.family, args.adapter)
 
 
 def run_doctor(args):

@@ -47,7 +47,8 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
     config.lock()
-    apply_overrides(config, [o for o in overrides if o.startswith(("--config.model.from_pretrained=", "--config.imports="))])
+    first = tuple(f"--config.{key}=" for key in ("model.from_pretrained", "model.adapter", "imports"))
+    apply_overrides(config, [o for o in overrides if o.startswith(first)])
     if problems := import_parts(config.imports):
         raise UserError(*problems)
     take_from_pretrained(config)
@@ -59,14 +60,13 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
 
 def take_from_pretrained(config: ConfigDict) -> None:
     """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
-    its tokenizer.json how text is cut, in place."""
-    if not config.model.from_pretrained or "://" in config.model.from_pretrained:  # a run elsewhere
+    its tokenizer.json how text is cut, in place; `model.adapter` says what the adapters are."""
+    folder = hugging_face_folder(config.model.from_pretrained)
+    if folder is None:
+        if config.model.adapter:
+            raise UserError(f"model.adapter={config.model.adapter}: is for model.from_pretrained=DIR of Hugging Face, or of a "
+                            "run made of one; set it")
         return
-    folder = pathlib.Path(config.model.from_pretrained)
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "huggingface"
-        if not folder.is_dir():
-            return
     from jaxlm.models.families import apply, read_folder
 
     seq_len = config.seq_len
@@ -76,6 +76,20 @@ def take_from_pretrained(config: ConfigDict) -> None:
         config.seq_len = seq_len  # rope takes any length; learned positions have theirs
     if (folder / "tokenizer.json").is_file():
         config.data.tokenizer = str(folder / "tokenizer.json")
+    if config.model.adapter:
+        from jaxlm.huggingface.adapter import apply_adapter
+
+        apply_adapter(config, family)
+
+
+def hugging_face_folder(path: str) -> pathlib.Path | None:
+    """What `model.from_pretrained` names, if it is a Hugging Face folder or a run made of one; None for other runs."""
+    if not path or "://" in path:  # a run elsewhere
+        return None
+    folder = pathlib.Path(path)
+    if not (folder / "checkpoints").is_dir():
+        return folder
+    return folder / "huggingface" if (folder / "huggingface").is_dir() else None
 
 
 def split_override(override: str) -> tuple[str, str, str]:
@@ -223,6 +237,9 @@ def validate(config: ConfigDict) -> None:
           f"model.attention={m.attention!r}: model.position=relative needs model.attention=multihead")
     check(not m.num_classes or m.pooler, f"model.num_classes={m.num_classes}: classes are told from the pooler; set model.pooler")
     check(m.norm_place != "sum" or m.block == "serial", f"model.block={m.block!r}: model.norm_place=sum needs model.block=serial")
+    check(m.lora_rank >= 0, f"model.lora_rank={m.lora_rank}: must not be negative; 0 is none")
+    check(not (m.from_scratch or m.adapter) or m.from_pretrained,
+          "model.from_scratch and model.adapter: are for model.from_pretrained; set it, or remove them")
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")

@@ -43,7 +43,7 @@ def ragged_batch(c, seed=0):
 def run(c, steps=3, spoil=None, lr=1e-2):
     mesh = build_mesh(c)
     model = build_model(c, 48, "plain")
-    optimizer = build_optimizer(c, model.specs)
+    optimizer = build_optimizer(c, model.trained)
     step = jit(mesh, build_train_step(c, model, build_objective(c), optimizer, build_schedule(c)), donate_argnums=0)
     init = build_init(c, model, optimizer)
     shardings = state_shardings(mesh, model, jax.eval_shape(init, 0), c.mesh.zero_stage)

@@ -137,6 +137,13 @@ class Checkpoints:
         """
         return self._newest_whole(lambda step, leaves: self._read(step, leaves, abstract_state, partial=False))
 
+    def leaves(self) -> dict:
+        """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint. Raises UserError: there is none."""
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self.directory}: no checkpoint there yet; train first")
+        return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())["leaves"]
+
     def restore_params(self, abstract_params, name: str = "params"):
         """Only the subtree `name` (params or ema) of the newest whole checkpoint."""
         read = lambda step, leaves: self._read(step, leaves, {name: abstract_params}, partial=True)

@@ -14,6 +14,7 @@ from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import fingerprint
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.errors import UserError
+from jaxlm.huggingface.adapter import merge_adapters, save_adapter
 from jaxlm.huggingface.load import is_hugging_face, load_params, open_source
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import parse_json
@@ -98,8 +99,9 @@ def origin(workdir: str) -> pathlib.Path | None:
     return None
 
 
-def export_run(workdir: str, folder: str, overrides=(), family_name: str = "") -> None:
-    """Raises UserError as `save` does."""
+def export_run(workdir: str, folder: str, overrides=(), family_name: str = "", adapter: bool = False) -> None:
+    """The run's whole model, its adapters added to the kernels; adapter: the adapters alone, in PEFT's form. Raises UserError as
+    `save` and `save_adapter` do."""
     run, kept = open_run(workdir, overrides), origin(workdir)
     run.config.model.vocab_size = run.data.vocab_size
     values = parse_json(kept / "config.json") if kept else {}
@@ -107,12 +109,17 @@ def export_run(workdir: str, folder: str, overrides=(), family_name: str = "") -
         family = MODEL_TYPES[family_name]
     else:
         family = MODEL_TYPES[values["model_type"]] if values else family_of(run.config)
+    if adapter:
+        save_adapter(folder, family, run.config, run.model, run.params, run.config.model.from_pretrained)
+        say(f"{folder}: the adapters of step {run.step}, of rank {run.config.model.lora_rank}, in PEFT's form")
+        return
     files = {name: (kept / name).read_bytes() for name in KEPT if kept and name != "config.json" and (kept / name).is_file()}
     if not kept:
         values, files = own_files(run.data.tokenizer)
-    difference = save(folder, family, run.config, run.model, run.params, run.mesh, config_extras(values), files)
+    model, params = merge_adapters(run.config, run.model, run.params)
+    difference = save(folder, family, run.config, model, params, run.mesh, config_extras(values), files)
     missing = "" if "tokenizer.json" in files else "; without a tokenizer: the run's own has no such form"
-    say(f"{folder}: {family.model_type}, {run.model.num_parameters:,} parameters of step {run.step}; read again, its logits "
+    say(f"{folder}: {family.model_type}, {model.num_parameters:,} parameters of step {run.step}; read again, its logits "
         f"differ by {difference:.1e}{missing}")
 
 

@@ -61,16 +61,16 @@ def is_hugging_face(folder: str) -> bool:
         return False
 
 
-def load_params(source: Source, model: Model, mesh) -> Any:
+def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=frozenset()) -> Any:
     """The parameters, each born on its devices. In host memory there is at most one of them, all its layers together, beside
     those that are done.
 
     Raises UserError: tensors that are missing, unknown or misshapen, all by name.
     """
     specs = flatten_paths(model.specs)
-    vocab_size = specs["embedding"].shape[0]
+    vocab_size = vocab_size or specs["embedding"].shape[0]
     places = places_of(source.family, specs, source.config, vocab_size)
-    found = match_names(source.family, tensors_of(places, specs), source.tensors, source.config.model.tie_embeddings)
+    found = match_names(source.family, tensors_of(places, specs), source.tensors, source.config.model.tie_embeddings, spare)
     shardings = flatten_paths(parameter_shardings(mesh, model, source.config.mesh.zero_stage))
 
     def load(path, spec):

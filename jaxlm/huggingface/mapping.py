@@ -67,17 +67,17 @@ def tensors_of(places: dict[str, Place], specs: dict) -> dict[str, Tensor]:
     return out
 
 
-def match_names(family: Family, wanted: dict[str, Tensor], found: dict, tied: bool) -> dict:
+def match_names(family: Family, wanted: dict[str, Tensor], found: dict, tied: bool, spare=frozenset()) -> dict:
     """{our name: tensor} of a checkpoint. Raises UserError: every tensor that is missing, unknown, misshapen or of a type that is
     not read, by its name."""
     bare = family.prefix if not any(name.startswith(family.prefix) for name in found) else ""
     found = {name if name == HEAD else bare + name: tensor for name, tensor in found.items()}
     found = {name: t for name, t in found.items() if not re.fullmatch(re.escape(family.prefix) + f"({family.buffers})", name)}
-    if tied and HEAD in found:
+    if tied and HEAD in found and HEAD not in spare:
         check_tied(found.pop(HEAD), found, next(name for name, t in wanted.items() if t.parts[0][0] == "embedding"))
     problems = [f"{name}: is missing from the checkpoint" for name in wanted if name not in found]
     problems += [f"{name}: is in the checkpoint, and this {family.model_type} has no such tensor"
-                 for name in found if name not in wanted]
+                 for name in found if name not in wanted and name not in spare]
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name}: is {tensor.shape}, config.json says {wanted[name].shape}")

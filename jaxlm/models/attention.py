@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import Extras, attend
-from jaxlm.kernels.matmul import dense, dense_together, pays_together
-from jaxlm.kernels.quantized import form_of
+from jaxlm.kernels.matmul import dense_together, pays_together
+from jaxlm.models.dense import Dense
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
@@ -27,13 +27,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config, rngs, inits):
         m = config.model
-        N, K, H, D = m.num_heads, m.num_kv_heads, m.head_dim, m.embed_dim
+        N, K, H = m.num_heads, m.num_kv_heads, m.head_dim
         self.softcap, self.fused = m.attention_softcap, config.kernels.fused_projections
         self.query_scale = query_scale(m)
-        self.query = Projection(m, rngs, N, inits.hidden(D), form_of(config, "attention.query"))
-        self.key = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.key"))
-        self.value = Projection(m, rngs, K, inits.hidden(D), form_of(config, "attention.value"))
-        self.out = OutProjection(m, rngs, inits.output(N * H), form_of(config, "attention.out"))
+        self.query = projection(config, rngs, "attention.query", N, inits)
+        self.key = projection(config, rngs, "attention.key", K, inits)
+        self.value = projection(config, rngs, "attention.value", K, inits)
+        self.out = out_projection(config, rngs, "attention.out", inits)
         if m.attention_sinks:
             self.sink_bias = parameter(rngs, (N,), ("heads",), constant(0.0), m.param_dtype)
         if m.qk_norm:
@@ -90,42 +90,24 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD):
         """-> (q_BTNH, k_BSKH, v_BSKH)."""
-        projections = self.query, self.key, self.value
-        if any(p.form != "none" for p in projections) or not pays_together(self.fused):
-            return [projection(x_BTD) for projection in projections]
+        layers = self.query, self.key, self.value
+        if any(layer.form != "none" for layer in layers) or not pays_together(self.fused):
+            return [layer(x_BTD) for layer in layers]
         # By key head, (D, K, heads that share it, H): where a mesh cuts up heads, a group and its key and value are together.
         D, K, H = self.key.kernel.shape
-        heads = dense_together(x_BTD, [projection.kernel[...].reshape(D, K, -1, H) for projection in projections])
-        return [projection.add_bias(y.reshape(*x_BTD.shape[:2], -1, H)) for projection, y in zip(projections, heads, strict=True)]
+        heads = dense_together(x_BTD, [layer.kernel[...].reshape(D, K, -1, H) for layer in layers])
+        return [layer.add(x_BTD, y.reshape(*x_BTD.shape[:2], -1, H)) for layer, y in zip(layers, heads, strict=True)]
 
 
-class Projection(nnx.Module):
+def projection(config, rngs, module: str, heads: int, inits) -> Dense:
     """x_BTD -> heads BTNH."""
-
-    def __init__(self, m, rngs, heads, init, form: str):
-        self.form = form
-        shape, axes = (m.embed_dim, heads, m.head_dim), ("embed", "heads", None)
-        self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=1)
-        if m.attention_bias:
-            self.bias = parameter(rngs, shape[1:], axes[1:], constant(0.0), m.param_dtype)
-
-    def __call__(self, x_BTD):
-        return self.add_bias(dense(x_BTD, self.kernel[...], form=self.form))
-
-    def add_bias(self, y_BTNH):
-        return y_BTNH + self.bias[...].astype(y_BTNH.dtype) if hasattr(self, "bias") else y_BTNH
+    m = config.model
+    return Dense(config, rngs, module, (m.embed_dim,), (heads, m.head_dim), ("embed", "heads", None), inits.hidden(m.embed_dim),
+                 m.attention_bias)
 
 
-class OutProjection(nnx.Module):
-    """Heads BTNH -> x_BTD."""
-
-    def __init__(self, m, rngs, init, form: str, size=None):
-        self.form = form
-        shape, axes = (m.num_heads, size or m.head_dim, m.embed_dim), ("heads", None, "embed")
-        self.kernel = parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=2)
-        if m.attention_bias and m.attention_out_bias:
-            self.bias = parameter(rngs, (m.embed_dim,), ("embed",), constant(0.0), m.param_dtype)
-
-    def __call__(self, x_BTNH):
-        y_BTD = dense(x_BTNH, self.kernel[...], 2, self.form)
-        return y_BTD + self.bias[...].astype(y_BTD.dtype) if hasattr(self, "bias") else y_BTD
+def out_projection(config, rngs, module: str, inits, size: int = 0) -> Dense:
+    """Heads BTNH -> x_BTD. size: of a head, if it is not head_dim."""
+    m, size = config.model, size or config.model.head_dim
+    return Dense(config, rngs, module, (m.num_heads, size), (m.embed_dim,), ("heads", None, "embed"),
+                 inits.output(m.num_heads * size), m.attention_bias and m.attention_out_bias)

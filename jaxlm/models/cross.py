@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.kernels.attention import Extras, attend
-from jaxlm.kernels.quantized import form_of
-from jaxlm.models.attention import OutProjection, Projection, query_scale
+from jaxlm.models.attention import out_projection, projection, query_scale
 
 
 class Memory(NamedTuple):
@@ -20,12 +19,11 @@ class Memory(NamedTuple):
 class CrossAttention(nnx.Module):
     def __init__(self, config, rngs, inits):
         m = config.model
-        hidden, form = inits.hidden(m.embed_dim), lambda name: form_of(config, f"attention.cross.{name}")
         self.scale = query_scale(m)
-        self.query = Projection(m, rngs, m.num_heads, hidden, form("query"))
-        self.key = Projection(m, rngs, m.num_kv_heads, hidden, form("key"))
-        self.value = Projection(m, rngs, m.num_kv_heads, hidden, form("value"))
-        self.out = OutProjection(m, rngs, inits.output(m.num_heads * m.head_dim), form("out"))
+        self.query = projection(config, rngs, "attention.cross.query", m.num_heads, inits)
+        self.key = projection(config, rngs, "attention.cross.key", m.num_kv_heads, inits)
+        self.value = projection(config, rngs, "attention.cross.value", m.num_kv_heads, inits)
+        self.out = out_projection(config, rngs, "attention.cross.out", inits)
 
     def keys_values(self, x_BSD):
         """-> (k_BSKH, v_BSKH) of the memory, the same for every token that is decoded."""

@@ -4,7 +4,8 @@ arXiv:1810.04805)."""
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
-from jaxlm.models.feedforward import FORMS, Linear
+from jaxlm.models.dense import Dense
+from jaxlm.models.feedforward import FORMS
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, normal, parameter
 from jaxlm.models.transformer import FAMILIES, Transformer
@@ -17,15 +18,15 @@ class Encoder(Transformer):
     def __init__(self, config, vocab_size: int, attention_backend: str, rngs):
         super().__init__(config, vocab_size, attention_backend, rngs)
         m, init = config.model, normal(config.model.init_std)
-        linear = lambda outputs: Linear(m, rngs, m.embed_dim, outputs, ("embed", None), init, "none")
+        linear = lambda name, outputs: Dense(config, rngs, name, (m.embed_dim,), (outputs,), ("embed", None), init, m.mlp_bias)
         if m.masked_lm_head:
             self.activation, _ = FORMS[m.expert_form if m.feedforward == "moe" else m.feedforward]
-            self.transform, self.transform_norm = linear(m.embed_dim), build_norm(config, m.embed_dim, rngs)
+            self.transform, self.transform_norm = linear("transform", m.embed_dim), build_norm(config, m.embed_dim, rngs)
             self.head_bias = parameter(rngs, (vocab_size,), ("vocab",), constant(0.0), m.param_dtype)
         if m.pooler:
-            self.pooler = linear(m.embed_dim)
+            self.pooler = linear("pooler", m.embed_dim)
         if m.num_classes:
-            self.classifier = linear(m.num_classes)
+            self.classifier = linear("classifier", m.num_classes)
 
     def logits(self, x_BTD):
         """-> logits_BTV float32, of the word that stands at each place."""

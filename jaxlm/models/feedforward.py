@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.kernels.matmul import dense, dense_together, pays_together
-from jaxlm.kernels.quantized import form_of
-from jaxlm.models.parameter import constant, parameter
+from jaxlm.kernels.matmul import dense_together, pays_together
+from jaxlm.models.dense import Dense
 from jaxlm.models.remat import named
 from jaxlm.parallel.rules import constrain
 from jaxlm.registry import Registry
@@ -49,18 +48,19 @@ class FeedForward(nnx.Module):
     def __init__(self, config, rngs, inits, form: str, mlp_dim: int):
         m, F = config.model, mlp_dim
         (self.activation, gated), self.fused = FORMS[form], config.kernels.fused_projections
-        self.up = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim), form_of(config, "feedforward.up"))
+        layer = lambda name, inputs, outputs, axes, init: Dense(config, rngs, f"feedforward.{name}", (inputs,), (outputs,), axes,
+                                                                init, m.mlp_bias)
+        self.up = layer("up", m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
         if gated:
-            self.gate = Linear(m, rngs, m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim),
-                               form_of(config, "feedforward.gate"))
-        self.down = Linear(m, rngs, F, m.embed_dim, ("mlp", "embed"), inits.output(F), form_of(config, "feedforward.down"))
+            self.gate = layer("gate", m.embed_dim, F, ("embed", "mlp"), inits.hidden(m.embed_dim))
+        self.down = layer("down", F, m.embed_dim, ("mlp", "embed"), inits.output(F))
 
     def __call__(self, x_BTD, context=None):
         names = ("gate", "up") if hasattr(self, "gate") else ("up",)
         layers = [getattr(self, name) for name in names]
         if len(layers) > 1 and all(layer.form == "none" for layer in layers) and pays_together(self.fused):
             outs = dense_together(x_BTD, [layer.kernel[...][:, None] for layer in layers])
-            outs = [layer.add_bias(y[..., 0, :]) for layer, y in zip(layers, outs, strict=True)]
+            outs = [layer.add(x_BTD, y[..., 0, :]) for layer, y in zip(layers, outs, strict=True)]
         else:
             outs = [layer(x_BTD) for layer in layers]
         h_BTF = activate(self.activation,
@@ -75,20 +75,6 @@ def activate(activation, h_BTF, up_BTF=None):
     if up_BTF is None:
         return a_BTF
     return a_BTF * (UPS[activation](up_BTF) if activation in UPS else up_BTF)
-
-
-class Linear(nnx.Module):
-    def __init__(self, m, rngs, inputs, outputs, axes, init, form: str):
-        self.form = form
-        self.kernel = parameter(rngs, (inputs, outputs), axes, init, m.param_dtype, num_inputs=1)
-        if m.mlp_bias:
-            self.bias = parameter(rngs, (outputs,), axes[1:], constant(0.0), m.param_dtype)
-
-    def __call__(self, x):
-        return self.add_bias(dense(x, self.kernel[...], form=self.form))
-
-    def add_bias(self, y):
-        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
 def build_dense(form: str, config, rngs, inits):

@@ -7,11 +7,9 @@ from flax import nnx
 
 from jaxlm.config import rotated_size
 from jaxlm.kernels.attention import attend
-from jaxlm.kernels.matmul import dense
-from jaxlm.kernels.quantized import form_of
-from jaxlm.models.attention import ATTENTIONS, OutProjection, query_scale
+from jaxlm.models.attention import ATTENTIONS, out_projection, query_scale
+from jaxlm.models.dense import Dense
 from jaxlm.models.norms import build_norm
-from jaxlm.models.parameter import constant, parameter
 from jaxlm.models.positions import rotate
 from jaxlm.models.remat import named
 
@@ -26,17 +24,19 @@ class LatentAttention(nnx.Module):
         N, H, D, P, self.rank = m.num_heads, m.head_dim, m.embed_dim, rotated_size(m), m.kv_rank
         U = m.value_head_dim or H
         self.softcap, self.scale = m.attention_softcap, query_scale(m)
-        form = lambda name: form_of(config, f"attention.{name}")
+        down = lambda name, rank: Dense(config, rngs, f"attention.{name}", (D,), (rank,), ("embed", None), inits.hidden(D),
+                                        m.attention_bias)
+        up = lambda name, inputs, size: Dense(config, rngs, f"attention.{name}", (inputs,), (N, size), ("embed", "heads", None),
+                                              inits.hidden(inputs))
         if m.query_rank:
-            self.query_down = Down(m, rngs, m.query_rank, inits.hidden(D), form("query_down"))
+            self.query_down = down("query_down", m.query_rank)
             self.query_norm = build_norm(config, m.query_rank, rngs)
-        inputs = m.query_rank or D
-        self.query = Up(m, rngs, inputs, H, inits.hidden(inputs), form("query"))
-        self.latent = Down(m, rngs, self.rank + P, inits.hidden(D), form("latent"))
+        self.query = up("query", m.query_rank or D, H)
+        self.latent = down("latent", self.rank + P)
         self.latent_norm = build_norm(config, self.rank, rngs)
-        self.key = Up(m, rngs, self.rank, H - P, inits.hidden(self.rank), form("key"))
-        self.value = Up(m, rngs, self.rank, U, inits.hidden(self.rank), form("value"))
-        self.out = OutProjection(m, rngs, inits.output(N * U), form("out"), size=U)
+        self.key = up("key", self.rank, H - P)
+        self.value = up("value", self.rank, U)
+        self.out = out_projection(config, rngs, "attention.out", inits, U)
 
     @staticmethod
     def cache_shapes(m):
@@ -74,34 +74,9 @@ class LatentAttention(nnx.Module):
         """The same for one query, with the products that make keys and values moved over to the query and to the result: one key
         head, which is the value too, and nothing is made for each token of the cache."""
         P = key_BSP.shape[-1]
-        q_BTNZ = jnp.einsum("BTNH,ZNH->BTNZ", q_BTNH[..., P:], self.key.kernel[...].astype(q_BTNH.dtype))
+        q_BTNZ = jnp.einsum("BTNH,ZNH->BTNZ", q_BTNH[..., P:], self.key.weights().astype(q_BTNH.dtype))
         k_BS1X = jnp.concatenate([key_BSP, latent_BSZ], axis=-1)[:, :, None]
         rescale = (k_BS1X.shape[-1] / q_BTNH.shape[-1]) ** 0.5  # `attend` divides by the root of this key's length
         q_BTNX = jnp.concatenate([q_BTNH[..., :P], q_BTNZ], axis=-1) * rescale
         out_BTNZ = attend(q_BTNX, k_BS1X, k_BS1X, **options)[..., P:]
-        return jnp.einsum("BTNZ,ZNU->BTNU", out_BTNZ, self.value.kernel[...].astype(out_BTNZ.dtype))
-
-
-class Down(nnx.Module):
-    """x_BTD -> (B, T, rank)."""
-
-    def __init__(self, m, rngs, rank, init, form: str):
-        self.form = form
-        self.kernel = parameter(rngs, (m.embed_dim, rank), ("embed", None), init, m.param_dtype, num_inputs=1)
-        if m.attention_bias:
-            self.bias = parameter(rngs, (rank,), (None,), constant(0.0), m.param_dtype)
-
-    def __call__(self, x_BTD):
-        y = dense(x_BTD, self.kernel[...], form=self.form)
-        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
-
-
-class Up(nnx.Module):
-    """(B, T, inputs) -> (B, T, heads, size)."""
-
-    def __init__(self, m, rngs, inputs, size, init, form: str):
-        self.form = form
-        self.kernel = parameter(rngs, (inputs, m.num_heads, size), ("embed", "heads", None), init, m.param_dtype, num_inputs=1)
-
-    def __call__(self, x):
-        return dense(x, self.kernel[...], form=self.form)
+        return jnp.einsum("BTNZ,ZNU->BTNU", out_BTNZ, self.value.weights().astype(out_BTNZ.dtype))

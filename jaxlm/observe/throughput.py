@@ -14,14 +14,16 @@ def peak_flops(device_kind: str, quantization: str = "none") -> float | None:
     return chip.peak_flops if chip and quantization == "none" else None
 
 
-def flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
-    """-> (causal, PaLM convention) training FLOPs per token: 6 P + 6 (or 12) N H sum over layers of min(T, window).
+def flops_per_token(config, matmul_parameters: int, trained: int | None = None) -> tuple[float, float]:
+    """-> (causal, PaLM convention) training FLOPs per token: 6 P + 6 (or 12) N H sum over layers of min(T, window), where P are
+    the parameters in matrix products, the head included, the embedding look-up not, and a frozen one counts 4.
 
-    matmul_parameters: P, those in matrix products, the head included, the embedding look-up not. Rematerialisation
-    never counts. PaLM convention: arXiv:2204.02311, appendix B.
+    trained: those of `matmul_parameters` that are not frozen; None: all. Rematerialisation never counts. PaLM convention:
+    arXiv:2204.02311, appendix B.
     """
     attention = 6 * attention_width(config.model) * reach(config)
-    return 6 * matmul_parameters + attention, 6 * matmul_parameters + 2 * attention
+    products = 4 * matmul_parameters + 2 * (matmul_parameters if trained is None else trained)
+    return products + attention, products + 2 * attention
 
 
 def reach(config) -> int:
@@ -58,17 +60,21 @@ class Clock:
 
     def restart(self, step: int, tokens: int) -> None:
         """A new interval begins: call it when the loop starts, and after each pause."""
-        self._began, self._step, self._tokens, self._waited = self.now(), step, tokens, 0.0
+        self._restart(self.now(), step, tokens)
+
+    def _restart(self, now: float, step: int, tokens: int) -> None:
+        self._began, self._step, self._tokens, self._waited = now, step, tokens, 0.0
 
     def waited(self, seconds: float) -> None:
         """Time the loop stood still for data."""
         self._waited += seconds
 
-    def lap(self, step: int, tokens: int) -> dict:
-        """Rates since the last lap or restart; None where no step was made."""
-        seconds, steps = self.now() - self._began, step - self._step
+    def lap(self, step: int, tokens: int, ended: float | None = None) -> dict:
+        """Rates since the last lap or restart; None where no step was made. ended: when `step` did; None: now."""
+        now = self.now() if ended is None else ended
+        seconds, steps = now - self._began, step - self._step
         rates = {"tokens_per_second": (tokens - self._tokens) / seconds if steps > 0 and seconds else None,
                  "step_seconds": seconds / steps if steps > 0 else None,
                  "data_wait_fraction": self._waited / seconds if seconds else None}
-        self.restart(step, tokens)
+        self._restart(now, step, tokens)
         return rates

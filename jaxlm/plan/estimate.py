@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
 def sizes_of(config, vocab_size: int) -> Sizes:
     model = build_model(config, vocab_size, "plain")
-    state = jax.eval_shape(build_init(config, model, build_optimizer(config, model.specs)), 0)
+    state = jax.eval_shape(build_init(config, model, build_optimizer(config, model.trained)), 0)
     leaves = {path: (a.shape, a.dtype.itemsize) for path, a in flatten_paths(state).items()}
     return Sizes(model, flatten_paths(model.specs), leaves, vocab_size)
 
@@ -154,7 +154,8 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, fl
 
     if m.param_dtype != m.compute_dtype:  # XLA casts all layers' parameters before it goes over them
         saved += c * shard_size(sizes, axes, in_layers, whole=config.mesh.zero_stage == 1)
-    gradients = shard_size(sizes, axes) * 4 * (2 if d.accum > 1 else 1)
+    trained = flatten_paths(sizes.model.trained)
+    gradients = shard_size(sizes, axes, trained.__contains__) * 4 * (2 if d.accum > 1 else 1)
     layer = shard_size(sizes, axes, in_layers, whole=True) / d.layers * c
     working = d.tokens * c * (5 * d.F + 2 * d.D + 2 * d.q + 2 * d.kv) + 3 * layer
     if d.fused:
@@ -164,7 +165,7 @@ def step_memory(config, d: Dimensions, sizes: Sizes, axes, chip) -> dict[str, fl
     head = d.D * d.V
     slice_tokens = min(d.tokens, chunk_tokens(d.rows, d.T, d.V, config.kernels.loss))
     logits = slice_tokens * d.V * (4 + c) + 2 * head * c
-    table = 2 * head * d.tensor * 4  # the embedding's gradient, whole, and its sum over devices
+    table = 2 * head * d.tensor * 4 * ("embedding" in trained)  # the embedding's gradient, whole, and its sum over devices
     in_loss, in_layer, at_end = saved + logits, saved + gradients + working, gradients + table
     worst = max(in_loss, in_layer, at_end)
     if worst == in_loss:
@@ -199,9 +200,10 @@ def attention_work(config, whole_squares: bool = False) -> float:
 
 def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, float]:
     """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
-    tokens, matmul = config.batch_size * config.seq_len, sizes.model.num_matmul_parameters
-    products = tokens * (6 * matmul + 2 * products_again(config, sizes)) + attention_work(config, whole_squares)
-    return products, tokens * flops_per_token(config, matmul)[0]
+    tokens = config.batch_size * config.seq_len
+    matmul, trained = sizes.model.num_matmul_parameters, sizes.model.num_trained_matmul_parameters
+    products = tokens * (4 * matmul + 2 * trained + 2 * products_again(config, sizes)) + attention_work(config, whole_squares)
+    return products, tokens * flops_per_token(config, matmul, trained)[0]
 
 
 def products_again(config, sizes: Sizes) -> float:

@@ -87,14 +87,14 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
         if profile:
             with jax.transfer_guard("allow"), jax.profiler.trace(profile) if is_main() else contextlib.nullcontext():
                 run(3)
-    parameters, matmul_parameters = program.model.num_parameters, program.model.num_matmul_parameters
+    model = program.model
     devices, tokens = program.mesh.size, config.batch_size * config.seq_len
     del state  # room for the matrices
     ceiling = matmul_flops(program.mesh.devices.flatten())
 
     # ---- Sum up --------------------------------------------------------------------------------------------------------
     kind = jax.devices()[0].device_kind
-    causal, palm = flops_per_token(config, matmul_parameters)
+    causal, palm = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
     speed, peak = tokens / statistics.median(seconds), peak_flops(kind, config.kernels.quantization)
     return {
         "tokens_per_second": speed,
@@ -106,7 +106,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
         "config_fingerprint": name, "commit": git_commit(),
         # For the table alone.
         "compile_seconds_warm": warm, "share_of_ceiling": speed * causal / (devices * ceiling), "loss": last["loss"],
-        "parameters": parameters, "tokens": tokens, "data": config.data.source, "attention": program.backend,
+        "parameters": model.num_parameters, "tokens": tokens, "data": config.data.source, "attention": program.backend,
         "warmup": warmup, "blocks": blocks, "block_steps": block_steps,
     }
 

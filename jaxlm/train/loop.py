@@ -31,7 +31,7 @@ from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
-from jaxlm.train.restore import pretrained_params
+from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
@@ -60,6 +60,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     save_every = duration(config.checkpoint.every_steps, "checkpoint.every_steps")
     keep_every = duration(config.checkpoint.keep_every_steps, "checkpoint.keep_every_steps")
     policy, pretrained = config.optimizer.nonfinite, config.model.from_pretrained
+    if pretrained:
+        _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
@@ -83,12 +85,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         return done
     checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
+    untaken = []
     if latest is not None:
         _, state, _ = checkpoints.restore(program.state)
     else:
         state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
-            state["params"] = pretrained_params(pretrained, program, full_config)
+            state["params"], untaken = pretrained_params(program, full_config, state["params"])
     start = int(state["step"])
     writers.truncate_after(start)
     alive("compiling", SLOW)
@@ -99,22 +102,24 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     eval_step = jit(mesh, build_eval_step(model, program.objective))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
-    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters)
+    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
     peak = peak_flops(jax.devices()[0].device_kind, config.kernels.quantization)
     peak = peak * mesh.size if peak else None
-    names = list(flatten_paths(model.specs))
+    names = list(flatten_paths(model.trained))
     active = model.num_active_parameters
     active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
     about = [
         f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters{active}, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
+        *([f"training {model.num_trained:,} of them, the others are frozen"] if model.num_trained < model.num_parameters else []),
+        *untaken,
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
         + (f" (auto: {program.layout})" if program.layout else ""),
         *sharding_table(mesh, flatten_paths(model.specs), config.mesh.zero_stage),
         f"attention: {program.backend} ({program.why}); step "
         + (f"from {executable}; " if executable else f"compiled in {compile_seconds:.1f} s; ")
-        + (f"resuming at step {start}" if start else "from scratch"),
+        + (f"resuming at step {start}" if start else f"starting with {pretrained}" if pretrained else "from scratch"),
         "embedding gradient: {} ({})".format(*choose_embedding_gradient(config, target.platform())),
         *describe_experts(config, target.platform()),
         *describe_quantization(config),
@@ -188,11 +193,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     alive("in the first step", SLOW)
     clock = Clock()
     clock.restart(start, totals["tokens"])
-    pending = None  # (step, metrics on the device), read back one step late
+    pending = None  # (step, metrics on the device, when it ended if that is known), read back one step late
+    in_turn = target.platform() == "cpu"  # a step has ended when `step_fn` returns
 
     def read_back(item):
         """Metrics of a finished step: the host waits for step n only after n+1 was sent to the device."""
-        step, on_device = item
+        step, on_device, ended = item
         logged = step % log_every == 0 or step == steps
         wanted = on_device if logged else {k: on_device[k] for k in ("finite", "tokens", "bad_leaf")}
         metrics = {k: v.item() for k, v in jax.device_get(wanted).items()}
@@ -208,7 +214,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                                "optimizer.nonfinite=skip")
             progress.message(f"{message}; update skipped")
         if logged:
-            rates = clock.lap(step, totals["tokens"])
+            rates = clock.lap(step, totals["tokens"], ended)
             totals["train_loss"] = metrics["loss"]
             speed = rates["tokens_per_second"]
             if speed and step > start + log_every:  # the first lines hold the warm-up
@@ -236,7 +242,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 state, metrics = step_fn(state, batch, hyper)
                 if pending:
                     read_back(pending)
-                pending = (step, metrics)
+                pending = (step, metrics, clock.now() if in_turn else None)
                 due_eval = step == steps or (eval_every and step % eval_every == 0)
                 due_save = step == steps or (save_every and step % save_every == 0)
                 stopping = stop.after(step)

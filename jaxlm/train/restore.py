@@ -41,28 +41,6 @@ def as_tuples(value):
     return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def pretrained_params(folder: str, program, config):
-    """The parameters that a run starts from, of a jaxlm run or a Hugging Face folder, on the mesh of `program`."""
-    directory = os.path.join(folder, "checkpoints")
-    if os.path.isdir(directory):
-        import jax
-
-        from jaxlm.checkpoint.manager import Checkpoints
-        from jaxlm.train.state import build_model
-
-        as_saved = config.copy_and_resolve_references()
-        as_saved.model.param_dtype = config_of_run(folder).model.param_dtype
-        specs = build_model(as_saved, program.model.specs["embedding"].shape[0], program.backend).specs
-        wanted = program.state["params"]
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, s.dtype, sharding=a.sharding), wanted, specs)
-        params = Checkpoints(directory, 1, 0, False, create=False).restore_params(abstract)
-        return jax.tree.map(lambda p, a: p.astype(a.dtype), params, wanted)
-    from jaxlm.huggingface.load import load_params, open_source
-
-    source = open_source(folder)
-    return load_params(source._replace(config=config), program.model, program.mesh)
-
-
 def mesh_here(config, vocab_size: int, overrides=()):
     """The mesh of the config, or of `overrides`; where the config's own does not fit the devices that there are, one that does,
     and the config says so then."""

@@ -1,5 +1,6 @@
 """The train state: a plain nested dict {step, params, opt_state[, ema]}, born under jit on its devices."""
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.errors import UserError
+from jaxlm.kernels.quantized import MODULES
 from jaxlm.models import encoder, encoder_decoder  # noqa: F401  register themselves
 from jaxlm.models.parameter import ParamSpec, spec_of
 from jaxlm.models.transformer import FAMILIES
@@ -18,11 +21,16 @@ class Model(NamedTuple):
 
     graph: nnx.GraphDef
     specs: dict  # nested dict of ParamSpec, mirrors params
+    trained: dict  # the part of specs that is not frozen
     init: object  # key -> params
 
     @property
     def num_parameters(self) -> int:
         return sum(size_of(s) for s in spec_leaves(self.specs))
+
+    @property
+    def num_trained(self) -> int:
+        return sum(size_of(s) for s in spec_leaves(self.trained))
 
     @property
     def num_active_parameters(self) -> int:
@@ -33,9 +41,12 @@ class Model(NamedTuple):
     def num_matmul_parameters(self) -> int:
         """P of the FLOP count: parameters of a token's matrix products, the head included, the embedding look-up not; of a
         mixture of experts, those of the experts that a token is sent to."""
-        specs = flatten_paths(self.specs)
-        total = sum(active_size_of(s) for s in specs.values() if s.num_inputs)
-        return total if "head/kernel" in specs else total + size_of(specs["embedding"])
+        return matmul_parameters(self.specs)
+
+    @property
+    def num_trained_matmul_parameters(self) -> int:
+        """Of these, those whose gradient is made."""
+        return matmul_parameters(self.trained)
 
 
 def build_model(config, vocab_size: int, attention_backend: str) -> Model:
@@ -44,7 +55,7 @@ def build_model(config, vocab_size: int, attention_backend: str) -> Model:
 
     graph, abstract = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     specs = nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(spec_of(v)), abstract, is_leaf=is_variable))
-    return Model(graph, specs, lambda key: nnx.to_pure_dict(nnx.state(make(key), nnx.Param)))
+    return Model(graph, specs, trained_part(config, specs), lambda key: nnx.to_pure_dict(nnx.state(make(key), nnx.Param)))
 
 
 def is_variable(x) -> bool:
@@ -70,6 +81,53 @@ def active_size_of(spec: ParamSpec) -> int:
     return round(size_of(spec) * spec.share)
 
 
+def matmul_parameters(specs) -> int:
+    specs = flatten_paths(specs)
+    total = sum(active_size_of(s) for s in specs.values() if s.num_inputs)
+    return total if "head/kernel" in specs or "embedding" not in specs else total + size_of(specs["embedding"])
+
+
+ADAPTER = r".*/lora_[ab]"  # path of an adapter's parameter
+
+
+def trained_part(config, specs: dict) -> dict:
+    """The specs of those parameters that train: not those of `optimizer.freeze`, and the adapters alone where there are any.
+
+    Raises UserError: the regex is none, or names no parameter, or all; or the adapters are of modules that the model has not.
+    """
+    names, freeze = list(flatten_paths(specs)), config.optimizer.freeze
+    adapters = {name for name in names if re.fullmatch(ADAPTER, name)}
+    if config.model.lora_rank and not adapters:
+        raise UserError(f"model.lora_modules={config.model.lora_modules!r} matches no module of this model; those it can have "
+                        f"are {', '.join(MODULES)}")
+    try:
+        frozen = {name for name in names if re.fullmatch(freeze, name)} | (set(names) - adapters if adapters else set())
+    except re.error as error:
+        raise UserError(f"optimizer.freeze={freeze!r} is no regex: {error}") from error
+    if freeze and not any(re.fullmatch(freeze, name) for name in names):
+        raise UserError(f"optimizer.freeze={freeze!r} matches no parameter; there are {', '.join(names[:8])}, ...")
+    if len(frozen) == len(names):
+        raise UserError(f"optimizer.freeze={freeze!r} freezes every parameter; leave some to train")
+    return without(specs, frozen)
+
+
+def without(tree: dict, names: set[str], prefix: str = "") -> dict:
+    """A nested dict less the leaves of these paths."""
+    pairs = ((k, without(v, names, f"{prefix}{k}/") if isinstance(v, dict) else v) for k, v in tree.items()
+             if f"{prefix}{k}" not in names)
+    return {k: v for k, v in pairs if v != {}}
+
+
+def part_of(tree: dict, like: dict) -> dict:
+    """What `tree` has where the nested dict `like` has something."""
+    return {k: part_of(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in like.items()}
+
+
+def with_part(tree: dict, part: dict) -> dict:
+    """`tree` with what `part` has in place of its own."""
+    return {k: v if k not in part else with_part(v, part[k]) if isinstance(v, dict) else part[k] for k, v in tree.items()}
+
+
 def flatten_paths(tree) -> dict:
     """{"layers/attention/query/kernel": leaf, ...} of a nested dict."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec)
@@ -81,7 +139,7 @@ def build_init(config, model: Model, optimizer):
 
     def init(seed):
         params = model.init(jax.random.key(seed))
-        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(part_of(params, model.trained))}
         if config.optimizer.ema_decay:
             state["ema"] = params
         return state
@@ -119,6 +177,6 @@ def spec_of_leaf(mesh, specs: dict, name: str, shape: tuple, zero_stage: int) ->
 
 
 def lay_out(model: Model, tree):
-    """A tree like the parameters, on the ambient mesh as the optimizer state lies: for gradients, this makes of their sum over
-    devices a reduce-scatter."""
-    return jax.tree.map(lambda spec, x: constrain(x, *spec.axes), model.specs, tree, is_leaf=is_spec)
+    """A tree like the parameters that train, on the ambient mesh as the optimizer state lies: for gradients, this makes of their
+    sum over devices a reduce-scatter."""
+    return jax.tree.map(lambda spec, x: constrain(x, *spec.axes), model.trained, tree, is_leaf=is_spec)

@@ -23,7 +23,7 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, constrain, replicated, under_mesh
-from jaxlm.train.state import Model, build_init, build_model, lay_out, state_shardings
+from jaxlm.train.state import Model, build_init, build_model, flatten_paths, lay_out, part_of, state_shardings, with_part
 
 
 def build_train_step(config, model, objective, optimizer, schedule):
@@ -32,11 +32,12 @@ def build_train_step(config, model, objective, optimizer, schedule):
     batch: arrays (B, T), B = config.batch_size.
     hyper: traced scalars {"learning_rate", "weight_decay", "seed"}, so that an ensemble of them is one `vmap`.
     metrics: float32 scalars; loss is nats per target token over the whole batch; bad_leaf is the index (in the order of
-    `flatten_paths`) of the first gradient that is not finite, -1 if all are.
+    `flatten_paths` of what trains) of the first gradient that is not finite, -1 if all are.
     """
     accum, clip_norm = config.grad_accum_steps, config.optimizer.clip_norm
     ema_decay, dropout = config.optimizer.ema_decay, config.model.dropout
-    bias_rate = config.model.bias_update_rate if config.model.feedforward == "moe" else 0.0
+    balanced = "layers/feedforward/router/bias" in flatten_paths(model.trained)
+    bias_rate = config.model.bias_update_rate if balanced else 0.0
 
     def train_step(state, batch, hyper):
         params, step = state["params"], state["step"]
@@ -45,27 +46,27 @@ def build_train_step(config, model, objective, optimizer, schedule):
             key = jax.random.fold_in(jax.random.key(hyper["seed"]), step)
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch["tokens"].shape[0]))
 
-        def loss_fn(params, rows):
+        def loss_fn(trained, rows):
             micro, keys_B = rows
             micro = {name: constrain(a, "batch", "seq") for name, a in micro.items()}
-            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, params), micro, keys_B=keys_B)
+            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, with_part(params, trained)), micro, keys_B=keys_B)
             return loss_sum, (weight_sum, aux)
 
-        def gradient(params, rows):
-            (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+        def gradient(rows):
+            (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(part_of(params, model.trained), rows)
             return sums, lay_out(model, grads)
 
         if accum == 1:
-            (weight, aux), grads = gradient(params, (batch, keys_B))
+            (weight, aux), grads = gradient((batch, keys_B))
         else:
             # Rows are dealt out in turn, so that each micro-batch keeps the sharding of the whole.
             micros = jax.tree.map(lambda a: a.reshape(-1, accum, *a.shape[1:]).swapaxes(0, 1), (batch, keys_B))
 
             def accumulate(total, rows):
-                sums, grads = gradient(params, rows)
+                sums, grads = gradient(rows)
                 return jax.tree.map(jnp.add, total, grads), sums
 
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), part_of(params, model.trained))
             grads, sums = jax.lax.scan(accumulate, lay_out(model, zeros), micros)
             weight, aux = jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
@@ -79,12 +80,15 @@ def build_train_step(config, model, objective, optimizer, schedule):
 
         def update(old, grads):
             grads = jax.tree.map(lambda g: g / weight * shrink.astype(g.dtype), grads)
-            params, opt_state = optimizer.update(grads, old["opt_state"], old["params"], learning_rate, hyper["weight_decay"])
+            trained, opt_state = optimizer.update(grads, old["opt_state"], part_of(old["params"], model.trained), learning_rate,
+                                                  hyper["weight_decay"])
             if bias_rate:  # by rule, not by gradient: what the optimizer made of them is forgotten
-                params = balance_biases(params, old["params"], aux["expert_counts"], bias_rate)
-            new = {"params": params, "opt_state": opt_state}
+                trained = balance_biases(trained, old["params"], aux["expert_counts"], bias_rate)
+            new = {"params": with_part(old["params"], trained), "opt_state": opt_state}
             if ema_decay:
-                new["ema"] = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, old["ema"], params)
+                averages = part_of(old["ema"], model.trained)
+                averages = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, averages, trained)
+                new["ema"] = with_part(old["ema"], averages)
             return new
 
         # A bad update never reaches the state, whatever the policy: the device decides, the host hears of it later. An
@@ -179,7 +183,7 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
         if mesh.shape["context"] > 1:
             backend, why = config.kernels.context, "mesh.context cuts the sequence up"
         objective = build_objective(config)
-        optimizer, schedule = build_optimizer(config, model.specs), build_schedule(config)
+        optimizer, schedule = build_optimizer(config, model.trained), build_schedule(config)
         train_step = build_train_step(config, model, objective, optimizer, schedule)
         init = build_init(config, model, optimizer)
         state = jax.eval_shape(init, 0)

@@ -24,7 +24,9 @@ NOT_ARCHITECTURE = frozenset("""
 
 # jaxlm keys that do not change what the model computes when it reads a text; a family says nothing of them.
 NOT_SAID = frozenset("""
-    bias_update_rate capacity_factor compute_dtype dropout from_pretrained init_fan_in init_std load_balance_weight ngram_buckets
+    adapter bias_update_rate capacity_factor compute_dtype dropout from_pretrained from_scratch init_fan_in init_std
+    load_balance_weight
+    lora_alpha lora_modules lora_rank ngram_buckets
     param_dtype remat router_z_weight scan_layers scan_unroll vocab_multiple zero_init_proj""".split())
 
 REQUIRED = object()
