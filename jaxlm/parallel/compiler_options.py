@@ -33,7 +33,7 @@ TABLE = (
     Row("tpu .*", lambda config, devices: devices > 1,
         {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6},
         "no products in a ring of windows, which add up in memory: a step of Llama 1B on 16 v5e moves 258 GiB through memory "
-        "instead of 1,309, one of 70B on 128 v5p 3,378 instead of 24,416, and a fifth less is sent (counted in compiled programs)"),
+        "instead of 1,309, one of 70B on 128 v5p 3,378 instead of 24,416; a fifth less is sent (counted in compiled programs)"),
     Row("tpu TPU v6.*", lambda config, devices: config.model.feedforward != "moe", {"xla_tpu_scoped_vmem_limit_kib": 98304},
         "larger fusions (MaxText's figure for dense models)"),
     Row("tpu TPU v6.*", lambda config, devices: config.model.feedforward == "moe", {"xla_tpu_scoped_vmem_limit_kib": 81920},
