@@ -1,76 +1,245 @@
-"""Text from a model: prefill a key/value cache, then one token at a time."""
+"""Text from a model: each text is a row with its own key/value cache; a prompt is read at once, then one token of every row at a
+time. Rows come and go while the others go on."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.errors import UserError
+from jaxlm.generate.sampling import Sampling, pick
+from jaxlm.models.cross import Memory
 
-def sample(logits_V, key, temperature: float, top_k: int, top_p: float):
-    """One token id. temperature 0 is greedy; top_k 0 and top_p 1 are off (nucleus: Holtzman et al., arXiv:1904.09751)."""
-    if temperature == 0:
-        return jnp.argmax(logits_V)
-    logits_V = logits_V / temperature
-    if top_k:
-        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, top_k)[0][-1], -jnp.inf, logits_V)
-    if top_p < 1:
-        ordered = jnp.sort(logits_V)[::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
-        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf))
-        logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
-    return jax.random.categorical(key, logits_V)
+SHORTEST = 64  # tokens that a cache has room for, at least; it grows by doubling
+
+
+class Request(NamedTuple):
+    """One text to go on with."""
+
+    prompt: list  # token ids, at least one
+    num_tokens: int  # to add, at most
+    options: Sampling = Sampling()
+    seed: int = 0
+    stop: frozenset = frozenset()  # ids that end the text
+    source: list | None = None  # of an encoder-decoder, the text it is about
+
+
+class Token(NamedTuple):
+    request: int  # which of them
+    id: int
+    log_probability: float  # under the model, before any sampling option
+    last: bool
 
 
 class Generator:
-    """Two compiled programs, prefill of `seq_len` slots and decode of one token, for any number of texts.
+    """The compiled programs of a model, for any number of texts and any parameters.
 
-    Args:
-        model: `jaxlm.train.state.Model`. vocab_size: of the tokenizer; padding ids of the model are never sampled.
-        seq_len: context; a longer text goes on from its last half.
+    model: `jaxlm.train.state.Model`. vocab_size: of the tokenizer; padding ids of the model are never sampled. seq_len: tokens of
+    context; a text that outgrows it goes on from its last half.
     """
 
-    def __init__(self, model, vocab_size: int, seq_len: int, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0):
-        self.seq_len = seq_len
+    def __init__(self, model, vocab_size: int, seq_len: int):
+        self.model, self.vocab_size, self.seq_len = model, vocab_size, seq_len
+        self.stacks = [name for name in ("first_layers", "layers") if name in model.specs]
+        self.has_source = "encoder_layers" in model.specs
+        self.loosen = jax.jit(self._apart)
+        self.prefill = jax.jit(self._prefill, static_argnames=("room", "full"))
+        self.decode = jax.jit(self._decode, static_argnames="full", donate_argnums=2)
+        self.insert = jax.jit(lambda rows, row, at: jax.tree.map(lambda a, b: a.at[at].set(b), rows, row), donate_argnums=0)
+        self.grow = jax.jit(lambda rows, room: jax.vmap(lambda row: self.with_room(row, room))(rows), static_argnums=1)
 
-        def pick(module, x_1TD, index, key):
-            logits_V = module.logits(x_1TD[:, index][:, None])[0, 0]
-            logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < vocab_size, logits_V, -jnp.inf)
-            key, now = jax.random.split(key)
-            return sample(logits_V, now, temperature, min(top_k, vocab_size), top_p), key
+    def stream(self, params, requests: list[Request], rows: int = 8) -> Iterator[Token]:
+        """Tokens as they come, of at most `rows` texts at a time. What a request gets does not depend on the others.
 
-        def prefill(params, tokens_1S, length, key):
-            module = nnx.merge(model.graph, params)
-            x, cache, _ = module.hidden(tokens_1S, cache=module.init_cache(1, seq_len))
-            token, key = pick(module, x, length - 1, key)
-            return token, cache, key
+        Raises UserError: an empty prompt, or one that leaves no room in the context.
+        """
+        for request in requests:
+            self.check(request)
+        session, waiting = Session(self, params, min(rows, len(requests))), list(enumerate(requests))[::-1]
+        while waiting or session.busy:
+            while waiting and session.free:
+                yield session.add(*waiting.pop())
+            if session.busy:
+                yield from session.step()
 
-        def decode(params, token, cache, index, key):
-            module = nnx.merge(model.graph, params)
-            x, cache, _ = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index)
-            token, key = pick(module, x, 0, key)
-            return token, cache, index + 1, key
+    def check(self, request: Request, room_for_all: bool = False) -> None:
+        """Raises UserError: an empty prompt, or one that leaves no room; room_for_all: for all tokens that it asks for."""
+        request.options.check()
+        if not len(request.prompt):
+            raise UserError("the prompt is empty; give at least one token")
+        if len(request.prompt) >= self.seq_len:
+            raise UserError(f"the prompt has {len(request.prompt)} tokens, and the model's context is {self.seq_len}; shorten "
+                            "it, or set --config.seq_len if the model can take more")
+        if room_for_all and len(request.prompt) + request.num_tokens > self.seq_len:
+            raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.num_tokens} more are above the model's context "
+                            f"of {self.seq_len}; ask for fewer")
+        if self.has_source != (request.source is not None):
+            raise UserError("model.family=encoder_decoder writes about a source text, and no other family does")
+        if len(request.source or ()) > self.seq_len:
+            raise UserError(f"the source has {len(request.source)} tokens, the model's context is {self.seq_len}; shorten it")
 
-        self.prefill = jax.jit(prefill)
-        self.decode = jax.jit(decode, donate_argnums=2)
+    def prompt_arrays(self, request: Request, context: list, source_room: int) -> tuple:
+        """-> (tokens_1T, number of them, source_1S, number of them), filled up to few different lengths; sources to the same."""
+        source = None if request.source is None else padded(request.source, source_room)
+        return padded(context, padded_power(context, self.seq_len)), len(context), source, len(request.source or ())
 
-    def stream(self, params, prompt: list[int], num_tokens: int, seed: int = 0, stop: int | None = None):
-        """Yields token ids after `prompt` (at least one id), until `num_tokens` or the id `stop`."""
-        if not len(prompt):
-            raise ValueError("the prompt is empty")
-        text, key, done = list(prompt), jax.random.key(seed), 0
-        while done < num_tokens:
-            context = text[-self.seq_len:] if done == 0 else text[-(self.seq_len // 2 + 1):]
-            context = context[-(self.seq_len - 1):] or context[-1:]
-            padded = np.zeros((1, self.seq_len), np.int32)
-            padded[0, : len(context)] = context
-            token, cache, key = self.prefill(params, padded, len(context), key)
-            index = jnp.int32(len(context))
-            for used in range(len(context), self.seq_len + 1):
-                text.append(int(token))
-                done += 1
-                yield text[-1]
-                if done == num_tokens or text[-1] == stop:
-                    return
-                if used < self.seq_len:
-                    token, cache, index, key = self.decode(params, token, cache, index, key)
+    # ---- Programs: a row has no axis of rows; `decode` goes over all by `vmap` -------------------------------------------------
+
+    def _apart(self, tree):
+        """The layers of a stacked tree one by one: a layer cut out of a stack would be copied for every token."""
+        apart = lambda stack: [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
+        return {name: apart(part) if name in self.stacks else part for name, part in tree.items()}
+
+    def _together(self, tree):
+        together = lambda layers: jax.tree.map(lambda *a: jnp.stack(a), *layers)  # XLA sees that they are cut apart again
+        return {name: together(part) if name in self.stacks else part for name, part in tree.items()}
+
+    def module(self, params):
+        module = nnx.merge(self.model.graph, self._together(params))
+        module.scan, module.remat = False, "none"
+        return module
+
+    def forward(self, module, tokens_1T, row, index):
+        memory = Memory(None, row["source"]) if self.has_source else None
+        x_1TD, (history, layers), _ = module.hidden(
+            tokens_1T, cache=(row["history"], self._together(row["layers"])), cache_index=index, memory=memory)
+        return x_1TD, {**row, "history": history, "layers": self._apart(layers)}
+
+    def _pick(self, module, x_D, row, options, seed, index, full):
+        logits_V = module.logits(x_D[None, None])[0, 0]
+        logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < self.vocab_size, logits_V, -jnp.inf)
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        token, log_probability = pick(logits_V, options, row["seen"] if full else None, key)
+        return token, log_probability, {**row, "seen": row["seen"].at[token].set(True)}
+
+    def read(self, params, tokens_1T, source_1S, source_length):
+        """-> (module, row with a cache for T tokens, and with what is known of the source)."""
+        module, row, memory = self.module(params), {}, ()
+        if self.has_source:
+            row["source"] = (jnp.arange(source_1S.shape[1]) < source_length).astype(jnp.int32)[None]
+            memory = (module.encode(source_1S, segment_ids_BS=row["source"]),)
+        row["history"], layers = module.init_cache(1, tokens_1T.shape[1], *memory)
+        row["layers"] = self._apart(layers)
+        return module, row
+
+    def _prefill(self, params, tokens_1T, length, source_1S, source_length, seen_V, options, seed, *, room, full):
+        """A prompt of `length`, filled up to T -> (token, log-probability, row with room for `room` tokens)."""
+        module, row = self.read(params, tokens_1T, source_1S, source_length)
+        row["seen"] = seen_V
+        x_1TD, row = self.forward(module, tokens_1T, row, 0)
+        token, log_probability, row = self._pick(module, x_1TD[0, length - 1], row, options, seed, length, full)
+        return token, log_probability, self.with_room(row, room)
+
+    def _decode(self, params, tokens_R, rows, index_R, options_R, seeds_R, *, full):
+        """One more token of every row -> (tokens_R, log-probabilities_R, rows)."""
+        module = self.module(params)
+
+        def one(token, row, index, options, seed):
+            x_1TD, row = self.forward(module, token.reshape(1, 1), row, index)
+            return self._pick(module, x_1TD[0, 0], row, options, seed, index + 1, full)
+
+        return jax.vmap(one)(tokens_R, rows, index_R, options_R, seeds_R)
+
+    def with_room(self, row, room: int):
+        """Room for `room` tokens; what is known of a source stays as it is."""
+        longer = lambda a: jnp.pad(a, [(0, 0), (0, room - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
+        grow = lambda cache: jax.tree.map(longer, cache)
+        layers = {name: [(grow(layer[0]), layer[1]) if self.has_source else grow(layer) for layer in part]
+                  for name, part in row["layers"].items()}
+        return {**row, "history": longer(row["history"]), "layers": layers}
+
+
+class Session:
+    """Texts that are being written with one set of parameters."""
+
+    def __init__(self, generator: Generator, params, rows: int):
+        self.generator, self.params = generator, generator.loosen(params)
+        self.rows = None  # the state of all rows, made like the first
+        self.room = min(SHORTEST, generator.seq_len)  # tokens that their caches hold
+        self.requests: list = [None] * rows  # (number, Request), or None where a row is free
+        self.texts, self.left = [None] * rows, [0] * rows
+        self.token, self.index, self.seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
+        self.options = Sampling(*(np.full(rows, v, np.float32 if isinstance(v, float) else np.int32) for v in Sampling()))
+
+    @property
+    def free(self) -> int:
+        return sum(request is None for request in self.requests)
+
+    @property
+    def busy(self) -> int:
+        return len(self.requests) - self.free
+
+    def add(self, number: int, request: Request) -> Token:
+        """Begin a text in a free row -> its first token."""
+        at = self.requests.index(None)
+        self.requests[at], self.texts[at], self.left[at] = (number, request), list(request.prompt), request.num_tokens
+        self.seed[at] = request.seed % 2**32
+        for values, value in zip(self.options, request.options, strict=True):
+            values[at] = value
+        return self._begin(at, self.texts[at])
+
+    def cancel(self, number: int) -> None:
+        """End a text, if it is still being written."""
+        self.requests = [None if request and request[0] == number else request for request in self.requests]
+
+    def step(self) -> list[Token]:
+        """One more token of every text."""
+        generator, live = self.generator, [at for at, request in enumerate(self.requests) if request]
+        over = [at for at in live if self.index[at] == generator.seq_len]
+        tokens = [self._begin(at, self.texts[at][-(generator.seq_len // 2 + 1):]) for at in over]
+        live = [at for at in live if at not in over]
+        if not live:
+            return tokens
+        if max(self.index[at] for at in live) >= self.room:
+            self.room = min(2 * self.room, generator.seq_len)
+            self.rows = generator.grow(self.rows, self.room)
+        full = any(not self.requests[at][1].options.is_plain for at in live)
+        picked, log_probabilities, self.rows = generator.decode(
+            self.params, self.token, self.rows, np.minimum(self.index, self.room - 1), self.options, self.seed, full=full)
+        picked, log_probabilities = np.array(picked), np.asarray(log_probabilities)
+        self.index[live] += 1
+        return tokens + [self._took(at, picked[at], log_probabilities[at]) for at in live]
+
+    def _begin(self, at: int, context: list) -> Token:
+        generator, (_, request) = self.generator, self.requests[at]
+        context = context[-(generator.seq_len - 1):] or context[-1:]
+        arrays = generator.prompt_arrays(request, context, generator.seq_len)
+        T = arrays[0].shape[1]
+        if T > self.room:
+            self.room = T
+            self.rows = self.rows and generator.grow(self.rows, T)
+        seen = np.zeros(generator.model.specs["embedding"].shape[0], bool)
+        seen[self.texts[at]] = True
+        options = Sampling(*(values[at] for values in self.options))
+        token, log_probability, row = generator.prefill(self.params, *arrays, seen, options, self.seed[at], room=self.room,
+                                                        full=not request.options.is_plain)
+        if self.rows is None:
+            self.rows = jax.tree.map(lambda a: jnp.zeros((len(self.requests), *a.shape), a.dtype), row)
+        self.rows = generator.insert(self.rows, row, at)
+        self.index[at] = len(context)
+        return self._took(at, int(token), float(log_probability))
+
+    def _took(self, at: int, token: int, log_probability: float) -> Token:
+        number, request = self.requests[at]
+        token = int(token)
+        self.texts[at].append(token)
+        self.token[at], self.left[at] = token, self.left[at] - 1
+        last = self.left[at] == 0 or token in request.stop
+        if last:
+            self.requests[at] = None
+        return Token(number, token, float(log_probability), last)
+
+
+def padded_power(ids: list, longest: int) -> int:
+    """A power of two that is at least len(ids), or `longest`: few lengths, so that few programs are compiled."""
+    return min(max(16, 1 << (len(ids) - 1).bit_length()), longest)
+
+
+def padded(ids: list, length: int) -> np.ndarray:
+    """(1, length)."""
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(ids)] = ids
+    return row

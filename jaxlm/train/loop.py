@@ -146,12 +146,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             writers.write(line)
             progress.evaluation(line)
         if sample_tokens:
-            from jaxlm.generate.decoding import Generator
+            from jaxlm.generate.decoding import Generator, Request
+            from jaxlm.generate.sampling import Sampling
 
             tokenizer = data.tokenizer
-            generator = generator or Generator(model, tokenizer.vocab_size, config.seq_len, temperature=0.8, top_k=50)
-            ids = generator.stream(averaged(), list(tokenizer.encode(prompt)), sample_tokens, seed=step)
-            text = tokenizer.decode(list(ids))
+            generator = generator or Generator(model, tokenizer.vocab_size, config.seq_len)
+            request = Request(list(tokenizer.encode(prompt)), sample_tokens, Sampling(temperature=0.8, top_k=50), seed=step)
+            text = tokenizer.decode([token.id for token in generator.stream(averaged(), [request])])
             writers.text(step, prompt, text)
             progress.sample(text)
 
