@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import sys
 import time
 import traceback
@@ -167,46 +168,49 @@ def run_eval(args):
 def add_generate(verb):
     add_workdir(verb)
     verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
+    verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     verb.add_argument("--tokens", type=int, default=500, help="tokens to write (default %(default)s)")
     verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
     verb.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: all")
     verb.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest that sum to p")
+    verb.add_argument("--min_p", type=float, default=0.0, help="sample among those with this share of the likeliest's")
+    verb.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: holds back what the text has already")
+    verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    verb.add_argument("--stop_token", action="append", default=[], metavar="NAME", help="end at this special token too")
+    verb.add_argument("--beams", type=int, default=1, help="beam search of so many texts instead of sampling")
+    verb.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 prefers longer texts")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--json", action="store_true", help="a JSON object for each prompt, with tokens and log-probability")
 
 
 def run_generate(args):
     """Stream text from a run's newest checkpoint."""
-    problems = []
-    if not args.prompt:
+    from jaxlm.generate.sampling import Sampling
+
+    prompts, problems = [args.prompt], []
+    if args.prompts:
+        try:
+            prompts = [line for line in pathlib.Path(args.prompts).read_text().splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--prompts={args.prompts}: cannot be read ({error}); give a text file")
+    if not all(prompts) or not prompts:
         problems.append("--prompt: is empty; give at least one character")
-    if args.temperature < 0:
-        problems.append(f"--temperature={args.temperature}: must be 0 (greedy) or more")
-    if not 0 < args.top_p <= 1:
-        problems.append(f"--top_p={args.top_p}: must be in (0, 1]")
-    if args.tokens < 1 or args.top_k < 0:
-        problems.append("--tokens must be at least 1 and --top_k at least 0")
+    for name in ("tokens", "beams"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name}={getattr(args, name)}: must be at least 1")
+    options = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+    try:
+        options.check()
+    except UserError as error:
+        problems += [f"--{problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
     start_jax()
-    from jaxlm.generate.decoding import Generator
+    from jaxlm.generate.write import write
     from jaxlm.train.restore import open_run
 
-    run = open_run(args.workdir, args.overrides)
-    tokenizer = run.data.tokenizer
-    generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, args.temperature, args.top_k, args.top_p)
-    prompt = [int(t) for t in tokenizer.encode(args.prompt)]
-    show = functools.partial(print, end="", flush=True) if distributed.is_main() else lambda text: None
-    show(args.prompt)
-    ids, shown = [], ""
-    for token in generator.stream(run.params, prompt, args.tokens, args.seed, tokenizer.eos_id):
-        if token == tokenizer.eos_id:
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character waits for its other bytes
-            show(text[len(shown):])
-            shown = text
-    show("\n")
+    write(open_run(args.workdir, args.overrides), prompts, args.tokens, options, seed=args.seed, stop=tuple(args.stop),
+          stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty, as_json=args.json)
 
 
 def add_bench(verb):

@@ -115,7 +115,8 @@ def test_requests_that_cannot_be_served_are_refused():
     model, _ = model_of(seq_len=16)
     generator = Generator(model, 60, 16)
     for request, said in ((Request([], 3), "is empty"), (Request([1] * 16, 3), "context is 16"),
-                          (Request([1], 3, Sampling(top_p=0.0)), "top_p=0.0"), (Request([1], 3, Sampling(temperature=-1.0)), "temp"),
+                          (Request([1], 3, Sampling(top_p=0.0)), "top_p=0.0"),
+                          (Request([1], 3, Sampling(temperature=-1.0)), "temperature=-1.0"),
                           (Request([1], 3, source=[2]), "no other family")):
         with pytest.raises(UserError, match=said):
             generator.check(request)
@@ -150,7 +151,8 @@ def test_what_is_ruled_out_is_what_sorting_rules_out(options):
 def test_samples_follow_the_probabilities_and_the_penalty_holds_back_what_was_said():
     logits, seen = jnp.asarray([2.0, 1.0, -1.0, 0.5]), jnp.asarray([True, False, True, False])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = lambda options, seen: np.bincount(jax.vmap(lambda key: pick(logits, options, seen, key)[0])(keys), minlength=4) / 20_000
+    tokens = lambda options, seen: jax.vmap(lambda key: pick(logits, options, seen, key)[0])(keys)
+    draw = lambda options, seen: np.bincount(tokens(options, seen), minlength=4) / 20_000
     np.testing.assert_allclose(draw(Sampling(temperature=2.0), None), jax.nn.softmax(logits / 2), atol=0.015)
     penalised = jnp.asarray([1.0, 1.0, -2.0, 0.5])
     np.testing.assert_allclose(draw(Sampling(repetition_penalty=2.0), seen), jax.nn.softmax(penalised), atol=0.015)

@@ -49,6 +49,10 @@ class ByteTokenizer:
     def decode(self, ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
+    def token_id(self, token: str) -> int | None:
+        """Of a special token by its name; None: there is no such."""
+        return self.eos_id if token == EOS else None
+
     def to_json(self) -> str:
         return json.dumps({"kind": "byte", "state": None})
 
@@ -79,6 +83,9 @@ class CharTokenizer:
     def decode(self, ids) -> str:
         return "".join(self.characters[int(i)] for i in ids)
 
+    def token_id(self, token: str) -> int | None:
+        return None
+
     def to_json(self) -> str:
         return json.dumps({"kind": "char", "state": self.characters})
 
@@ -103,6 +110,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        return self.inner.token_to_id(token)
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bpe", "state": self.inner.to_str()})

@@ -74,8 +74,8 @@ class Generator:
             raise UserError(f"the prompt has {len(request.prompt)} tokens, and the model's context is {self.seq_len}; shorten "
                             "it, or set --config.seq_len if the model can take more")
         if room_for_all and len(request.prompt) + request.num_tokens > self.seq_len:
-            raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.num_tokens} more are above the model's context "
-                            f"of {self.seq_len}; ask for fewer")
+            raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.num_tokens} more are above the model's "
+                            f"context of {self.seq_len}; ask for fewer")
         if self.has_source != (request.source is not None):
             raise UserError("model.family=encoder_decoder writes about a source text, and no other family does")
         if len(request.source or ()) > self.seq_len:
