@@ -145,11 +145,11 @@ class Generator:
 
     def with_room(self, row, room: int):
         """Room for `room` tokens; what is known of a source stays as it is."""
-        longer = lambda a: jnp.pad(a, [(0, 0), (0, room - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
+        longer = lambda a: jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, room - a.shape[-2]), (0, 0)])
         grow = lambda cache: jax.tree.map(longer, cache)
         layers = {name: [(grow(layer[0]), layer[1]) if self.has_source else grow(layer) for layer in part]
                   for name, part in row["layers"].items()}
-        return {**row, "history": longer(row["history"]), "layers": layers}
+        return {**row, "history": longer(row["history"][..., None])[..., 0], "layers": layers}
 
 
 class Session:

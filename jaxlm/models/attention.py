@@ -45,8 +45,9 @@ class Attention(nnx.Module):
 
     @staticmethod
     def cache_shapes(m):
-        """Of what a cache holds of one token: the key, the value."""
-        return (m.num_kv_heads, m.head_dim), (m.num_kv_heads, m.head_dim)
+        """Of what a cache holds of a text, None being its length, last but one: keys and values KSH, heads first as the products
+        of one token want them."""
+        return ((m.num_kv_heads, None, m.head_dim),) * 2
 
     def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """-> (x_BTD, v_BSKH of the first layer, cache with this step's keys and values written).
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
         kind: what is this layer's own (`block.LayerKind`).
         first_value: v_BSKH of the first layer, for value residuals; None in the first layer itself. In a pipeline, where
         one program is every layer, is_first (traced) says so instead.
-        cache: (k_BSKH, v_BSKH) of decoding, written from `context.cache_index` on.
+        cache: (k_BKSH, v_BKSH) of decoding, written from `context.cache_index` on.
         """
         q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD)
         if hasattr(self, "query_norm"):
@@ -72,10 +73,10 @@ class Attention(nnx.Module):
             v_BSKH = (1 - mix) * v_BSKH + mix * first_value
         v_BSKH = named("value", v_BSKH)
         if cache is not None:
-            at = (0, context.cache_index, 0, 0)
-            k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH.astype(cache[0].dtype), at)
-            v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH.astype(cache[1].dtype), at)
-            cache = (k_BSKH, v_BSKH)
+            write = lambda old, new: jax.lax.dynamic_update_slice(old, new.transpose(0, 2, 1, 3).astype(old.dtype),
+                                                                  (0, 0, context.cache_index, 0))
+            cache = write(cache[0], k_BSKH), write(cache[1], v_BSKH)
+            k_BSKH, v_BSKH = (a.transpose(0, 2, 1, 3) for a in cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
                           context_method=context.context_method, extras=self.extras(context))

@@ -40,8 +40,8 @@ class LatentAttention(nnx.Module):
 
     @staticmethod
     def cache_shapes(m):
-        """Of a token: the rotated part of the key, the latent."""
-        return (rotated_size(m),), (m.kv_rank,)
+        """Of a text, None being its length: the rotated part of the key, the latent."""
+        return (None, rotated_size(m)), (None, m.kv_rank)
 
     def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """As `jaxlm.models.attention.Attention`; without value residuals. cache: (key_BSP, latent_BSZ)."""

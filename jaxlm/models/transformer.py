@@ -197,9 +197,10 @@ class Transformer(nnx.Module):
         return softcap(logits, self.final_softcap)
 
     def init_cache(self, batch: int, length: int):
-        """For decoding up to `length` tokens: (tokens (B, S), {"layers": (keys, values)}), each (L, B, S, K, H); or whatever else
-        the attention keeps of a token."""
-        zeros = lambda L: tuple(jnp.zeros((L, batch, length, *shape), self.compute_dtype) for shape in self.cache_shapes)
+        """For decoding up to `length` tokens: (tokens (B, S), {"layers": (keys, values)}), each (L, B, K, S, H); or whatever else
+        the attention keeps of a text."""
+        shapes = [[length if n is None else n for n in shape] for shape in self.cache_shapes]
+        zeros = lambda L: tuple(jnp.zeros((L, batch, *shape), self.compute_dtype) for shape in shapes)
         return jnp.zeros((batch, length), jnp.int32), {name: zeros(layers) for name, layers in self.stacks.items()}
 
 
