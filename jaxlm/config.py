@@ -72,7 +72,7 @@ def take_from_pretrained(config: ConfigDict) -> None:
     seq_len = config.seq_len
     family, keys = read_folder(folder)
     apply(config, keys)
-    if keys["model.position"] == "rope":
+    if keys["model.position"] != "learned":
         config.seq_len = seq_len  # rope takes any length; learned positions have theirs
     if (folder / "tokenizer.json").is_file():
         config.data.tokenizer = str(folder / "tokenizer.json")
@@ -138,6 +138,7 @@ def resolve(config: ConfigDict) -> None:
         m.head_dim = m.embed_dim // m.num_heads
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
+    m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
 
 

@@ -1,6 +1,7 @@
 """Hugging Face -> jaxlm: tensors are streamed from the files straight into arrays on the mesh."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def load_params(source: Source, model: Model, mesh) -> Any:
     specs = flatten_paths(model.specs)
     vocab_size = specs["embedding"].shape[0]
     places = places_of(source.family, specs, source.config, vocab_size)
-    found = match_names(source.family, tensors_of(places, specs), source.tensors, source.config.model.tie_embeddings)
+    found = match_names(source.family, tensors_of(places, specs), source.tensors)
     shardings = flatten_paths(parameter_shardings(mesh, model, source.config.mesh.zero_stage))
 
     def load(path, spec):
@@ -92,7 +93,7 @@ def load_params(source: Source, model: Model, mesh) -> Any:
 
 def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray:
     """The part `index` of a parameter, from one tensor for each layer (and expert)."""
-    n = spec.num_stacked
+    n = place.num_named
     ranges = [range(*s.indices(size)) for s, size in zip(index, spec.shape, strict=True)]
     out = np.empty([len(r) for r in ranges], spec.dtype)
     inner = tuple(slice(r.start, r.stop) for r in ranges[n:])
@@ -109,14 +110,12 @@ def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray
 def fill(place, tensor, here: np.ndarray) -> None:
     """One tensor (or the part of it that `place` tells) -> a parameter of one layer, a piece at a time."""
     there = place.layout.as_there(here)  # a view, whose first axes may be several that are one in the tensor
-    rows, columns = (place.start, place.stop), slice(None)
-    if place.axis == 1:
-        rows, columns = (0, tensor.shape[0]), slice(place.start, place.stop)
-    unit = int(np.prod(there.shape[1:])) * tensor.dtype.itemsize if there.ndim else 1
-    inner = (rows[1] - rows[0]) // there.shape[0]  # rows of the tensor in one step along the first axis
-    step = max(1, PIECE_BYTES // max(1, unit))
+    inner = tensor.shape[0] // place.whole[0]  # rows of the tensor in one step along the first axis
+    skipped = place.start if place.axis == 0 else 0
+    step = max(1, PIECE_BYTES // max(1, math.prod(place.whole[1:]) * tensor.dtype.itemsize))
+    first_places, *others = place.layout.places
     for first in range(0, there.shape[0], step):
         last = min(first + step, there.shape[0])
-        piece = tensor.rows(rows[0] + first * inner, rows[0] + last * inner)
-        piece = piece[:, columns] if place.axis == 1 else piece
-        there[first:last] = piece.reshape(there[first:last].shape).astype(here.dtype, copy=False)
+        piece = tensor.rows((skipped + first) * inner, (skipped + last) * inner).reshape(-1, *place.whole[1:])
+        at = slice(first, last) if isinstance(first_places, slice) else first_places[first:last]
+        there[at, *others] = piece if place.axis == 0 else piece[place.slices]

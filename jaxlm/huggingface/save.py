@@ -1,9 +1,11 @@
 """jaxlm -> Hugging Face: a whole folder, read again and compared with the live model before it gets its name."""
 
+import functools
 import os
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,6 +25,7 @@ from jaxlm.train.state import build_model, flatten_paths
 SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 256
 TOLERANCE = 1e-5  # of the largest logit
+HEADS = {"pooled": "pooler", "classes": "classifier"}  # method of an encoder: the part that it needs
 
 
 def save(folder: str, family: Family, config, model, params, mesh, extras: dict, files: dict[str, str | bytes],
@@ -47,15 +50,9 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
     places = places_of(family, specs, config, specs["embedding"].shape[0])
     types = {path: type_there(array, config.model.param_dtype) for path, array in arrays.items()}
 
-    def make(tensor):
-        def array():
-            parts = [place.layout.to_there(np.asarray(arrays[path][index])) for path, index, place in tensor.parts]
-            axis = tensor.parts[0][2].axis
-            return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis)).astype(types[tensor.parts[0][0]], copy=False)
-
-        return array
-
-    planned = [Planned(name, types[t.parts[0][0]], t.shape, make(t)) for name, t in tensors_of(places, specs).items()]
+    dtype = lambda tensor: types[tensor.parts[0][0]]
+    planned = [Planned(name, dtype(t), t.shape, functools.partial(t.join, arrays, dtype(t)))
+               for name, t in tensors_of(places, specs).items()]
     temporary = target_folder.with_name(f".{target_folder.name}.tmp{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -96,22 +93,25 @@ def compare(folder: str, config, model, params, mesh) -> float:
     other = build_model(again.config, vocab_size, choose_backend(again.config, target.platform())[0])
     tokens = np.random.default_rng(0).integers(0, vocab_size, (1, min(CHECKED_TOKENS, config.seq_len))).astype(np.int32)
 
-    def logits(model, params):
+    def answers(model, params):
         def run(params, tokens):
             module = nnx.merge(model.graph, params)
-            return module.logits(module.hidden(tokens)[0])
+            about = {"memory": module.encode(tokens)} if hasattr(module, "encode") else {}
+            x_BTD = module.hidden(tokens, **about)[0]
+            heads = [getattr(module, head) for head, part in HEADS.items() if hasattr(module, part)]
+            return [head(x_BTD) for head in (module.logits, *heads)]
 
-        return np.asarray(jit(mesh, run)(params, tokens))
+        return jax.tree.map(np.asarray, jit(mesh, run)(params, tokens))
 
-    mine = logits(model, params)
-    theirs = logits(other, load_params(again, other, mesh))
-    difference = float(np.abs(mine - theirs).max())
-    if not np.isfinite(mine).all():
-        raise UserError("the model's own logits are not finite; nothing was published")
-    if not difference <= TOLERANCE * float(np.abs(mine).max()):
-        raise UserError(f"the written folder's logits differ from the model's by {difference:.2e}; nothing was published. "
-                        "This is a defect of the family's table: please report it")
-    return difference
+    differences = [0.0]
+    for mine, theirs in zip(answers(model, params), answers(other, load_params(again, other, mesh)), strict=True):
+        differences.append(float(np.abs(mine - theirs).max()))
+        if not np.isfinite(mine).all():
+            raise UserError("the model's own logits are not finite; nothing was published")
+        if not differences[-1] <= TOLERANCE * float(np.abs(mine).max()):
+            raise UserError(f"the written folder's logits differ from the model's by {differences[-1]:.2e}; nothing was "
+                            "published. This is a defect of the family's table: please report it")
+    return max(differences)
 
 
 def config_extras(values: dict) -> dict:

@@ -6,7 +6,9 @@ here: `jaxlm.config` reads families before JAX starts.
 
 import json
 import pathlib
+import re
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError
@@ -16,11 +18,12 @@ MODEL_TYPES = Registry("Hugging Face family", key="config.json: model_type")
 
 # Fields that do not change what the model computes when it reads a text: how it was made, trained, saved or is sampled from.
 NOT_ARCHITECTURE = frozenset("""
-    _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation dtype embd_pdrop
-    eos_token_id id2label initializer_range label2id model_type n_ctx output_attentions output_hidden_states
-    output_router_logits pad_token_id problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split())
+    _name_or_path architectures attention_dropout attention_probs_dropout_prob attn_pdrop auto_map bos_token_id
+    cache_implementation classifier_dropout decoder_start_token_id dropout_rate dtype embd_pdrop eos_token_id
+    gradient_checkpointing hidden_dropout_prob id2label initializer_factor initializer_range label2id model_type n_ctx
+    output_attentions output_hidden_states output_router_logits pad_token_id problem_type resid_pdrop return_dict
+    router_aux_loss_coef router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split())
 
 # jaxlm keys that do not change what the model computes when it reads a text; a family says nothing of them.
 NOT_SAID = frozenset("""
@@ -43,7 +46,7 @@ class Tensor(NamedTuple):
 
     name: str  # without Family.prefix; {layer} and {expert} where there is one for each
     parts: tuple[tuple[str, str], ...]  # (parameter's path, layout): "(N H) D -> D N H" is its axes there -> here
-    axis: int = 0
+    axis: int = 0  # of those in the layout, each by itself
 
 
 class Family(NamedTuple):
@@ -51,8 +54,14 @@ class Family(NamedTuple):
     architecture: str  # class of transformers
     parts: tuple[Part, ...]
     tensors: tuple[Tensor, ...]  # those whose parameters the model has not are not in the checkpoint
-    prefix: str = "model."  # of names, but for the head's; a checkpoint of the bare model leaves it out
-    buffers: str = r".*\.rotary_emb\.inv_freq"  # tensors that hold no parameters; older checkpoints have them
+    prefix: str = "model."  # of names, but for those of `outside`; a checkpoint of the bare model leaves it out
+    outside: str = r"lm_head\..*"
+    left_out: str = r".*\.rotary_emb\.inv_freq"  # tensors that checkpoints may have and transformers does not look at either
+    copies: dict = MappingProxyType({"lm_head.weight": "embedding"})  # tensors that are parameters of another name, if tied
+    older: tuple[tuple[str, str], ...] = ()  # what names were in older checkpoints: (regex, what it is now)
+
+    def is_outside(self, name: str) -> bool:
+        return re.fullmatch(self.outside, name) is not None
 
 
 def register(family: Family) -> Family:
