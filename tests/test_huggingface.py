@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hf_models import CASES, PIECES, TOKENS, answers, golden, text_rows
+from hf_models import CASES, PIECES, TOKENS, answer, answers, by_auto_class, golden, said, source_rows, text_rows
 
 from jaxlm.cli import main
 from jaxlm.errors import UserError
 from jaxlm.huggingface.convert import import_run
 from jaxlm.huggingface.load import load_params, open_source
-from jaxlm.huggingface.mapping import places_of, tensors_of
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import DTYPES, Planned, open_tensors, write_shards
 from jaxlm.models.families import MODEL_TYPES
@@ -30,60 +29,98 @@ WITHIN = 1e-4  # absolute, of logits of a few units
 ISOLATED = ("--config.data.isolate_documents=True", "--config.mesh.data=1")
 
 
-def opened(folder, *overrides, devices=1):
+def opened(folder, *overrides, devices=1, backend="plain"):
     source = open_source(str(folder), (*ISOLATED, *overrides))
     mesh = build_mesh(source.config, jax.devices()[:devices])
-    model = build_model(source.config, source.config.model.vocab_size, "plain")
+    model = build_model(source.config, source.config.model.vocab_size, backend)
     return source, model, mesh, load_params(source, model, mesh)
 
 
-def logits_of_rows(model, params):
+def head_of(module):
+    """What of a model is compared: its last head."""
+    if hasattr(module, "classifier"):
+        return module.classes
+    return module.pooled if hasattr(module, "pooler") else module.logits
+
+
+def about(module, rows=slice(None)) -> dict:
+    """Beside tokens, what a decoder with an encoder needs."""
+    if not hasattr(module, "encode"):
+        return {}
+    tokens, segments = source_rows()
+    return {"memory": module.encode(tokens[rows], segment_ids_BS=segments[rows])}
+
+
+def answers_here(model, params) -> list:
+    """Of each of PIECES, with all of them in one batch."""
     tokens, segments, positions = text_rows()
 
     @jax.jit
     def run(params):
         module = nnx.merge(model.graph, params)
-        return module.logits(module.hidden(tokens, positions, segments)[0])
+        x_BTD, head = module.hidden(tokens, positions, segments, **about(module))[0], head_of(module)
+        return [head(x_BTD[row : row + 1, begin:end])[..., :TOKENS] for row, begin, end in PIECES]
 
-    return np.asarray(run(params))
+    return [np.asarray(answer.reshape(-1, answer.shape[-1])) for answer in run(params)]
 
 
-def logits_by_the_token(model, params, tokens_T):
-    """Through the key/value cache, one at a time."""
+def answers_by_the_token(model, params) -> np.ndarray:
+    """Of the first text, through the key/value cache, one at a time."""
+    tokens_T = text_rows()[0][0]
 
     @jax.jit
     def run(params):
         module = nnx.merge(model.graph, params)
+        memory = about(module, slice(1))
 
         def step(carry, token):
             cache, index = carry
-            x, cache, _ = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index)
+            x, cache, _ = module.hidden(token.reshape(1, 1), cache=cache, cache_index=index, **memory)
             return (cache, index + 1), module.logits(x)[0, 0]
 
-        return jax.lax.scan(step, (module.init_cache(1, len(tokens_T)), 0), jnp.asarray(tokens_T))[1]
+        return jax.lax.scan(step, (module.init_cache(1, len(tokens_T), **memory), 0), jnp.asarray(tokens_T))[1]
 
-    return np.asarray(run(params))
+    return np.asarray(run(params))[:, :TOKENS]
+
+
+def check_answers(found: list, wanted: list) -> float:
+    """-> the largest difference."""
+    for (row, begin, _), mine, theirs in zip(PIECES, found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=WITHIN, rtol=0, err_msg=f"row {row}, from {begin}")
+    assert np.abs(wanted[0]).max() > 0.5
+    return max(float(np.abs(mine - theirs).max()) for mine, theirs in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name):
     """At every position of a text, of two documents packed in a row, of one with padding, and token by token."""
     folder, wanted = golden(name)
-    _, model, _, params = opened(folder)
-    found = logits_of_rows(model, params)[..., :TOKENS]
-    for (row, begin, end), logits in zip(PIECES, wanted, strict=True):
-        np.testing.assert_allclose(found[row, begin:end], logits, atol=WITHIN, rtol=0, err_msg=f"row {row}, from {begin}")
-    assert np.abs(wanted[0]).max() > 1
-    by_the_token = logits_by_the_token(model, params, text_rows()[0][0])[:, :TOKENS]
-    np.testing.assert_allclose(by_the_token, wanted[0], atol=WITHIN, rtol=0)
+    source, model, _, params = opened(folder)
+    said(name, "rows", check_answers(answers_here(model, params), wanted))
+    if source.config.model.family != "encoder":
+        found = answers_by_the_token(model, params)
+        np.testing.assert_allclose(found, wanted[0], atol=WITHIN, rtol=0)
+        said(name, "cache", float(np.abs(found - wanted[0]).max()))
 
 
-def same_tensors(one, other):
-    one, other = open_tensors(str(one)), open_tensors(str(other))
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "bert", "t5_v1_1"])
+def test_logits_are_the_same_by_blocks_and_with_scanned_layers(name):
+    folder, wanted = golden(name)
+    scan = "--config.model.scan_layers=True"
+    source, model, _, params = opened(folder, scan, backend="blockwise")
+    assert source.config.model.scan_layers
+    check_answers(answers_here(model, params), wanted)
+
+
+def same_tensors(one, other) -> int:
+    """-> how many."""
+    one, other = ({name.removeprefix("bert."): tensor for name, tensor in open_tensors(str(folder)).items()}  # no prefix in BertModel
+                  for folder in (one, other))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.kind, tensor.shape) == (other[name].kind, other[name].shape), name
         assert tensor.rows(0, tensor.shape[0]).tobytes() == other[name].rows(0, tensor.shape[0]).tobytes(), name
+    return len(one)
 
 
 def exported(folder, to, *overrides, **options):
@@ -109,7 +146,7 @@ def warnings_of_transformers():
 def test_a_round_trip_is_bit_equal(name, tmp_path):
     folder, _ = golden(name)
     exported(folder, tmp_path / "out")
-    same_tensors(folder, tmp_path / "out")
+    said(name, "tensors", same_tensors(folder, tmp_path / "out"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"], "something is left beside it"
 
 
@@ -118,40 +155,44 @@ def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_st
     folder, wanted = golden(name)
     exported(folder, tmp_path / "out")
     found = answers(str(tmp_path / "out"))
-    assert warnings_of_transformers == []
+    warnings = [line for line in warnings_of_transformers if name != "t5_v1_1" or "we will NOT tie them" not in line]  # always said
+    assert warnings == []
     for logits, stored in zip(found, wanted, strict=True):
         np.testing.assert_allclose(logits[:, :TOKENS], stored, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_transformers(name):
-    """Of the loss of the first text, for a tensor near the end, one in the middle and one at the start."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+def test_gradients_are_those_of_transformers(name, tmp_path):
+    """Of the loss of the first text, for every tensor; theirs are saved and read as if they were the model."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     folder, _ = golden(name)
-    source, model, _, params = opened(folder)
-    tokens = text_rows()[0][:1]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    logits = theirs(torch.from_numpy(tokens).long()).logits[0, :-1]
-    torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[0, 1:]).long()).backward()
-    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+    _, model, _, params = opened(folder)
+    targets = lambda logits: np.roll(text_rows()[0][0], -1)[: logits.shape[0]] % logits.shape[1]
+    theirs = by_auto_class(folder)
+    logits = answer(theirs, 0)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets(logits)).long()).backward()
+    for tensor in (*theirs.parameters(), *theirs.buffers()):
+        tensor.data = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(pathlib.Path(folder, "config.json"), tmp_path)
+    wanted = flatten_paths(opened(tmp_path)[-1])
 
     @jax.jit
     @jax.grad
     def gradient(params):
         module = nnx.merge(model.graph, params)
-        log_p = jax.nn.log_softmax(module.logits(module.hidden(tokens)[0])[0, :-1])
-        return -jnp.mean(jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1))
+        logits = head_of(module)(module.hidden(text_rows()[0][:1], **about(module, slice(1)))[0])
+        log_p = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]))
+        return -jnp.mean(jnp.take_along_axis(log_p, targets(log_p)[:, None], axis=-1))
 
-    found, specs = flatten_paths(gradient(params)), flatten_paths(model.specs)
-    compared = 0
-    for tensor, (_, parts) in tensors_of(places_of(source.family, specs, source.config, 96), specs).items():
-        if tensor in wanted and any(part in tensor for part in ("norm.weight", "ln_", "wpe", "1.self_attn", "1.attn", "embed")):
-            mine = [place.layout.to_there(np.asarray(found[path][index])) for path, index, place in parts]
-            mine = np.concatenate(mine, parts[0][2].axis)
-            scale = np.abs(wanted[tensor]).max()
-            np.testing.assert_allclose(mine, wanted[tensor], atol=1e-4 * scale, rtol=0, err_msg=tensor)
-            compared += 1
-    assert compared > 5
+    found, largest = flatten_paths(gradient(params)), 0.0
+    sizes = {path: float(np.abs(array).max()) for path, array in wanted.items()}
+    for path, array in wanted.items():
+        size = max(sizes[path], 0.01 * np.median(list(sizes.values())))  # some, as of BERT's biases of keys, are 0 but for rounding
+        largest = max(largest, float(np.abs(found[path] - array).max()) / size)
+        assert largest <= WITHIN, path
+    said(name, "gradient", largest)
 
 
 def test_a_lacking_tensor_would_be_warned_of(tmp_path, warnings_of_transformers):
@@ -313,7 +354,7 @@ def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkey
     from jaxlm.huggingface import layout
 
     to_there = layout.Layout.to_there
-    swapped = lambda self, a: to_there(self, a)[::-1] if self.there == self.here == (32,) else to_there(self, a)
+    swapped = lambda self, a: to_there(self, a)[::-1] if self.axes == self.here == (32,) else to_there(self, a)
     monkeypatch.setattr(layout.Layout, "to_there", swapped)
     with pytest.raises(UserError, match="nothing was published"):
         exported(folder, tmp_path / "out")

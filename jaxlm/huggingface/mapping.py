@@ -56,6 +56,8 @@ def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str,
     """{parameter's path: Place}. specs: {path: ParamSpec}. Raises UserError: parameters that the family has not."""
     sizes, places = sizes_of(config, vocab_size), {}
     for tensor in family.tensors:
+        if tensor.beside and tensor.beside not in specs:
+            continue
         parts = [(path, Layout(text, sizes)) for path, text in tensor.parts if path in specs]
         ends = list(itertools.accumulate(layout.axes[tensor.axis] for _, layout in parts))
         name = tensor.name if family.is_outside(tensor.name) else family.prefix + tensor.name
@@ -63,9 +65,10 @@ def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str,
             start, whole = stop - layout.axes[tensor.axis], list(layout.axes)
             whole[tensor.axis] = ends[-1]
             first = config.model.first_dense_layers if path.startswith("layers/") else 0
-            place = places[path] = Place(name, first, tensor.axis, start, stop, tuple(whole), layout)
-            if layout.here != specs[path].shape[place.num_named:]:
-                raise UserError(f"{path}: is {specs[path].shape} here, {family.model_type} has {layout.here}")
+            places[path] = Place(name, first, tensor.axis, start, stop, tuple(whole), layout)
+    for path, place in places.items():
+        if place.layout.here != specs[path].shape[place.num_named:]:
+            raise UserError(f"{path}: is {specs[path].shape} here, {family.model_type} has {place.layout.here}")
     if missing := [path for path in specs if path not in places]:
         raise UserError(*(f"{path}: {family.model_type} has no such parameter" for path in missing))
     return places

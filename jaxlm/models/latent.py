@@ -30,9 +30,8 @@ class LatentAttention(nnx.Module):
         if m.query_rank:
             self.query_down = Down(m, rngs, m.query_rank, inits.hidden(D), form("query_down"))
             self.query_norm = build_norm(config, m.query_rank, rngs)
-            self.query_up = Up(m, rngs, m.query_rank, H, inits.hidden(m.query_rank), form("query_up"))
-        else:
-            self.query = Up(m, rngs, D, H, inits.hidden(D), form("query"))
+        inputs = m.query_rank or D
+        self.query = Up(m, rngs, inputs, H, inits.hidden(inputs), form("query"))
         self.latent = Down(m, rngs, self.rank + P, inits.hidden(D), form("latent"))
         self.latent_norm = build_norm(config, self.rank, rngs)
         self.key = Up(m, rngs, self.rank, H - P, inits.hidden(self.rank), form("key"))
@@ -47,9 +46,8 @@ class LatentAttention(nnx.Module):
     def __call__(self, x_BTD, context, kind, first_value=None, is_first=False, cache=None):
         """As `jaxlm.models.attention.Attention`; without value residuals. cache: (key_BSP, latent_BSZ)."""
         rope = context.rope.get(kind.rope)
-        by_rank = hasattr(self, "query_up")
-        q_BTNH = self.query_up(self.query_norm(self.query_down(x_BTD))) if by_rank else self.query(x_BTD)
-        q_BTNH = named("query", rotate(q_BTNH, rope) * self.scale)
+        q_BTD = self.query_norm(self.query_down(x_BTD)) if hasattr(self, "query_norm") else x_BTD
+        q_BTNH = named("query", rotate(self.query(q_BTD), rope) * self.scale)
         latent_BSZ, key_BSP = jnp.split(self.latent(x_BTD), [self.rank], axis=-1)
         latent_BSZ, key_BSP = self.latent_norm(latent_BSZ), rotate(key_BSP[:, :, None], rope)[:, :, 0]
         if cache is not None:

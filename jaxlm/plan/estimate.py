@@ -209,8 +209,8 @@ def products_again(config, sizes: Sizes) -> float:
     if config.model.remat == "none":
         return 0.0
     known = set().union(*kept(config.model.remat))
-    names = {"attention/query": "query", "attention/query_up": "query", "attention/key": "key", "attention/value": "value",
-             "attention/out": "attention_out", "feedforward/gate": "gate", "feedforward/up": "up"}
+    names = {"attention/query": "query", "attention/key": "key", "attention/value": "value", "attention/out": "attention_out",
+             "feedforward/gate": "gate", "feedforward/up": "up"}
     total = 0.0
     for path, spec in sizes.specs.items():
         module = "/".join(path.split("/")[1:-1])

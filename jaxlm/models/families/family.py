@@ -47,6 +47,7 @@ class Tensor(NamedTuple):
     name: str  # without Family.prefix; {layer} and {expert} where there is one for each
     parts: tuple[tuple[str, str], ...]  # (parameter's path, layout): "(N H) D -> D N H" is its axes there -> here
     axis: int = 0  # of those in the layout, each by itself
+    beside: str = ""  # a parameter without which there is no such tensor; with it, this comes before what was said above
 
 
 class Family(NamedTuple):

@@ -48,11 +48,14 @@ def write_head(config) -> dict:
 
 def block(side: str, stack: str, *more: Tensor) -> tuple[Tensor, ...]:
     last = f"{side}.block.{{layer}}.layer.{2 if more else 1}"
+    gate, up = f"{stack}/feedforward/gate", f"{stack}/feedforward/up"
     return (
         *attention(f"{side}.block.{{layer}}.layer.0.SelfAttention", f"{stack}/attention"),
         one(f"{side}.block.{{layer}}.layer.0.layer_norm.weight", f"{stack}/norm1/scale", "D -> D"),
         *more,
-        one(f"{last}.DenseReluDense.wi.weight", f"{stack}/feedforward/up/kernel", "F D -> D F"),
+        one(f"{last}.DenseReluDense.wi.weight", f"{up}/kernel", "F D -> D F"),
+        one(f"{last}.DenseReluDense.wi_0.weight", f"{gate}/kernel", "F D -> D F"),
+        one(f"{last}.DenseReluDense.wi_1.weight", f"{up}/kernel", "F D -> D F", f"{gate}/kernel"),
         one(f"{last}.DenseReluDense.wo.weight", f"{stack}/feedforward/down/kernel", "D F -> F D"),
         one(f"{last}.layer_norm.weight", f"{stack}/norm2/scale", "D -> D"))
 
