@@ -28,8 +28,8 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 1.5, 3.0],
                 original_max_position_embeddings=32, partial_rotary_factor=0.75)
 
-LATENT = dict(kv_lora_rank=20, qk_rope_head_dim=6, qk_nope_head_dim=10, v_head_dim=8, num_key_value_heads=4, moe_intermediate_size=16,
-              n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1, num_hidden_layers=3)
+LATENT = dict(kv_lora_rank=20, qk_rope_head_dim=6, qk_nope_head_dim=10, v_head_dim=8, num_key_value_heads=4,
+              moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1, num_hidden_layers=3)
 DEEPSEEK_YARN = YARN | dict(mscale=1.0, mscale_all_dim=0.8, beta_fast=8.0, beta_slow=1.0)
 BERT = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=LENGTH, num_labels=3)
@@ -202,7 +202,7 @@ PARITY = CONFIGS.with_name("parity.json")
 UPDATE = "JAXLM_UPDATE_GOLDEN" in os.environ
 
 
-def said(name: str, what: str, value) -> None:
+def measured(name: str, what: str, value) -> None:
     """Stores what a test has measured of a case, or compares it with what is stored: the tables of families are made of it."""
     stored = json.loads(PARITY.read_text()) if PARITY.is_file() else {}
     if UPDATE:
@@ -212,7 +212,100 @@ def said(name: str, what: str, value) -> None:
     elif isinstance(value, int):
         assert value == stored[name][what]
     else:  # another processor rounds otherwise
-        assert value <= max(10 * stored[name][what], 1e-5), f"{what}: {value:.1e}, the table of families says {stored[name][what]}"
+        wanted = stored[name][what]
+        assert value <= max(10 * wanted, 1e-5), f"{what}: {value:.1e}, the table of families says {wanted}"
+
+
+# ---- The tables of families, in docs/huggingface.md and README.md -------------------------------------------------------------
+
+
+FAMILIES = {
+    "gpt2": "GPT-2", "llama": "Llama 2, 3, 3.1 and later", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen 2, 2.5",
+    "qwen3": "Qwen 3", "qwen3_moe": "Qwen 3 MoE", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3, text", "olmo2": "OLMo 2",
+    "phi3": "Phi-3, 3.5, 4", "smollm3": "SmolLM 3", "gpt_oss": "GPT-OSS", "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3, R1", "bert": "BERT", "t5": "T5, T5 1.1, Flan-T5",
+}
+
+
+class Refusal(NamedTuple):
+    case: str
+    fields: dict  # which config.json is given
+    said: str  # regex of the error
+    words: str = ""  # in the tables; "" is of what no family has, or goes without saying
+
+
+DYNAMIC = dict(rope_parameters=dict(rope_type="dynamic", factor=2.0))
+REFUSALS = (
+    Refusal("llama2", dict(hidden_act="gelu"), "hidden_act='gelu' is not implemented; only 'silu'"),
+    Refusal("llama2", dict(clever_new_field=3), "clever_new_field=3 is not a field"),
+    Refusal("llama2", dict(quantization_config={"bits": 4}), "quantization_config.*quantised weights are not read"),
+    Refusal("llama2", dict(rope_parameters=dict(rope_type="linear", factor=2.0, odd=1)), "rope_scaling.odd=1"),
+    Refusal("llama2", dict(hidden_size="wide"), "gives 'wide' for model.embed_dim"),
+    Refusal("llama2", dict(model_type="mamba"), "unknown Hugging Face family"),
+    Refusal("llama2", DYNAMIC, "rope_scaling='dynamic'", "dynamic rope"),
+    Refusal("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True", "scaling by layer"),
+    Refusal("gpt2", dict(add_cross_attention=True), "add_cross_attention=True", "cross-attention"),
+    Refusal("gpt2", dict(activation_function="relu"), "activation_function='relu'", "other activations"),
+    Refusal("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\]", "layers without experts"),
+    Refusal("qwen3_moe", dict(use_sliding_window=True), "use_sliding_window=True", "windows"),
+    Refusal("gemma2", dict(layer_types=["chunked_attention"] * 4), "layer_types=.*chunked_attention"),
+    Refusal("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True", "attention in both directions"),
+    Refusal("gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True", "attention in both directions"),
+    Refusal("gemma3", dict(model_type="gemma3"), "unknown Hugging Face family", "images"),
+    Refusal("gpt_oss", dict(quantization_config={"quant_method": "mxfp4"}), "give the same checkpoint in bfloat16", "MXFP4"),
+    Refusal("gpt_oss", dict(swiglu_limit=5.0), "swiglu_limit=5.0"),
+    Refusal("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob=True", "`norm_topk_prob`"),
+    Refusal("deepseek_v2", dict(topk_method="noaux_tc"), "topk_method='noaux_tc'"),
+    Refusal("deepseek_v2", dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    Refusal("deepseek_v3", dict(quantization_config={"quant_method": "fp8"}), "give the same checkpoint in bfloat16", "FP8"),
+    Refusal("deepseek_v3", dict(rope_interleave=False), "rope_interleave=False", "rope by halves"),
+    Refusal("bert", dict(is_decoder=True), "is_decoder=True", "decoders"),
+    Refusal("bert", dict(position_embedding_type="relative_key"), "position_embedding_type", "relative positions"),
+    Refusal("bert", dict(architectures=["BertForTokenClassification"]), "BertForTokenClassification", "other heads"),
+    Refusal("bert", dict(hidden_act="silu"), "hidden_act='silu'"),
+    Refusal("t5", dict(is_encoder_decoder=False), "is_encoder_decoder=False", "the encoder alone"),
+    Refusal("t5", dict(feed_forward_proj="gated-relu"), "feed_forward_proj='gated-relu'", "other activations"),
+    Refusal("t5", dict(dense_act_fn="gelu"), "dense_act_fn='gelu'"),
+)
+
+
+def rows_of_families():
+    """-> (model_type, its cases, worst of "rows", "cache", "gradient", number of "tensors", what is refused) of each."""
+    configs, stored = json.loads(CONFIGS.read_text()), json.loads(PARITY.read_text())
+    for model_type in FAMILIES:
+        cases = [name for name in CASES if configs[name]["config"]["model_type"] == model_type]
+        worst = {what: max((stored[name][what] for name in cases if what in stored[name]), default=None)
+                 for what in ("rows", "cache", "gradient")}
+        refused = [r.words for r in REFUSALS if r.words and r.case in cases]
+        yield model_type, cases, worst, sum(stored[name]["tensors"] for name in cases), ", ".join(refused)
+
+
+def long_table() -> str:
+    lines = ["| family (`model_type`) | variants compared | whole rows | through the cache | gradients | round trip | refused |",
+             "|---|---|---|---|---|---|---|"]
+    say = lambda error: "" if error is None else f"{error:.1e}".replace("e-0", "e-")
+    for model_type, cases, worst, tensors, refused in rows_of_families():
+        variants = "; ".join(CASES[name].variant for name in cases)
+        lines.append(f"| {FAMILIES[model_type]} (`{model_type}`) | {variants} | {say(worst['rows'])} | {say(worst['cache'])} | "
+                     f"{say(worst['gradient'])} | {tensors} tensors bit-equal | {refused} |")
+    return "\n".join(lines)
+
+
+def short_table() -> str:
+    lines = ["| family | logits differ by | round trip | not supported |", "|---|---|---|---|"]
+    for model_type, _, worst, _, refused in rows_of_families():
+        error = max(worst["rows"], worst["cache"] or 0.0)
+        lines.append(f"| {FAMILIES[model_type]} | {error:.1e} | bit-equal | {refused} |".replace("e-0", "e-"))
+    return "\n".join(lines)
+
+
+MARKS = "<!-- written by tests/test_huggingface.py -->", "<!-- end -->"
+
+
+def with_table(text: str, table: str) -> str:
+    """The text of a page, with the table between its marks."""
+    before, _, rest = text.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hf_models import CASES, PIECES, TOKENS, answer, answers, by_auto_class, golden, said, source_rows, text_rows
+from hf_models import (
+    CASES,
+    FAMILIES,
+    PIECES,
+    REFUSALS,
+    TOKENS,
+    UPDATE,
+    answer,
+    answers,
+    by_auto_class,
+    golden,
+    long_table,
+    measured,
+    short_table,
+    source_rows,
+    text_rows,
+    with_table,
+)
 
 from jaxlm.cli import main
 from jaxlm.errors import UserError
@@ -22,6 +39,7 @@ from jaxlm.huggingface.load import load_params, open_source
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import DTYPES, Planned, open_tensors, write_shards
 from jaxlm.models.families import MODEL_TYPES
+from jaxlm.models.families.sizes import SIZES
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.train.state import build_model, flatten_paths
 
@@ -96,11 +114,11 @@ def test_logits_are_those_of_transformers(name):
     """At every position of a text, of two documents packed in a row, of one with padding, and token by token."""
     folder, wanted = golden(name)
     source, model, _, params = opened(folder)
-    said(name, "rows", check_answers(answers_here(model, params), wanted))
+    measured(name, "rows", check_answers(answers_here(model, params), wanted))
     if source.config.model.family != "encoder":
         found = answers_by_the_token(model, params)
         np.testing.assert_allclose(found, wanted[0], atol=WITHIN, rtol=0)
-        said(name, "cache", float(np.abs(found - wanted[0]).max()))
+        measured(name, "cache", float(np.abs(found - wanted[0]).max()))
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "bert", "t5_v1_1"])
@@ -114,8 +132,8 @@ def test_logits_are_the_same_by_blocks_and_with_scanned_layers(name):
 
 def same_tensors(one, other) -> int:
     """-> how many."""
-    one, other = ({name.removeprefix("bert."): tensor for name, tensor in open_tensors(str(folder)).items()}  # no prefix in BertModel
-                  for folder in (one, other))
+    plain = lambda folder: {name.removeprefix("bert."): t for name, t in open_tensors(str(folder)).items()}  # as in BertModel
+    one, other = plain(one), plain(other)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.kind, tensor.shape) == (other[name].kind, other[name].shape), name
@@ -146,7 +164,7 @@ def warnings_of_transformers():
 def test_a_round_trip_is_bit_equal(name, tmp_path):
     folder, _ = golden(name)
     exported(folder, tmp_path / "out")
-    said(name, "tensors", same_tensors(folder, tmp_path / "out"))
+    measured(name, "tensors", same_tensors(folder, tmp_path / "out"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"], "something is left beside it"
 
 
@@ -155,8 +173,8 @@ def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_st
     folder, wanted = golden(name)
     exported(folder, tmp_path / "out")
     found = answers(str(tmp_path / "out"))
-    warnings = [line for line in warnings_of_transformers if name != "t5_v1_1" or "we will NOT tie them" not in line]  # always said
-    assert warnings == []
+    always = "we will NOT tie them" if name == "t5_v1_1" else "\0"  # whatever config.json says
+    assert [line for line in warnings_of_transformers if always not in line] == []
     for logits, stored in zip(found, wanted, strict=True):
         np.testing.assert_allclose(logits[:, :TOKENS], stored, atol=2e-5, rtol=0)
 
@@ -189,10 +207,10 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     found, largest = flatten_paths(gradient(params)), 0.0
     sizes = {path: float(np.abs(array).max()) for path, array in wanted.items()}
     for path, array in wanted.items():
-        size = max(sizes[path], 0.01 * np.median(list(sizes.values())))  # some, as of BERT's biases of keys, are 0 but for rounding
+        size = max(sizes[path], 0.01 * np.median(list(sizes.values())))  # those of biases of keys are 0 but for rounding
         largest = max(largest, float(np.abs(found[path] - array).max()) / size)
         assert largest <= WITHIN, path
-    said(name, "gradient", largest)
+    measured(name, "gradient", largest)
 
 
 def test_a_lacking_tensor_would_be_warned_of(tmp_path, warnings_of_transformers):
@@ -249,8 +267,10 @@ def test_a_bin_is_read_by_its_weights_alone(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_mesh_gets_its_own_shards(tmp_path):
-    folder = copy_of(tmp_path, "qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_mesh_gets_its_own_shards(name, tmp_path):
+    """Of a tensor for each expert; of one for all of them, of which every second number is another parameter's."""
+    folder = copy_of(tmp_path, name)
     *_, whole = opened(folder)
     overrides = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor", "expert")]
     *_, params = opened(folder, *overrides, devices=8)
@@ -292,22 +312,10 @@ def test_missing_unknown_and_misshapen_tensors_are_all_named(tmp_path, monkeypat
         assert any(line.startswith(name) and what in line for line in said), name
 
 
-@pytest.mark.parametrize("name, fields, said", [
-    ("llama2", dict(hidden_act="gelu"), "hidden_act='gelu' is not implemented; only 'silu'"),
-    ("llama2", dict(clever_new_field=3), "clever_new_field=3 is not a field"),
-    ("llama2", dict(quantization_config={"bits": 4}), "quantization_config"),
-    ("llama2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_scaling='dynamic'"),
-    ("llama2", dict(rope_parameters=dict(rope_type="linear", factor=2.0, odd=1)), "rope_scaling.odd=1"),
-    ("llama2", dict(hidden_size="wide"), "gives 'wide' for model.embed_dim"),
-    ("llama2", dict(model_type="mamba"), "unknown Hugging Face family"),
-    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
-    ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\]"),
-    ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
-    ("gemma2", dict(layer_types=["chunked_attention"] * 4), "layer_types=.*chunked_attention"),
-])
-def test_config_fields_that_are_not_implemented_are_refused_by_name(name, fields, said, tmp_path):
-    with pytest.raises(UserError, match=said):
-        opened(copy_of(tmp_path, name, **fields))
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda r: "-".join([r.case, *r.fields]))
+def test_config_fields_that_are_not_implemented_are_refused_by_name(refusal, tmp_path):
+    with pytest.raises(UserError, match=refusal.said):
+        opened(copy_of(tmp_path, refusal.case, **refusal.fields))
 
 
 def test_older_forms_of_a_checkpoint_are_read(tmp_path):
@@ -332,6 +340,36 @@ def test_older_forms_of_a_checkpoint_are_read(tmp_path):
     rewrite(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((5, 5), 7.0))
     with pytest.raises(UserError, match="lm_head.weight: differs"):
         opened(folder)
+
+
+def test_what_published_checkpoints_have_beside_is_left_out(tmp_path):
+    """BERT's with the names and heads of its pretraining; copies of T5's embedding; DeepSeek-V3's layer for one more token. A
+    tensor that transformers would look at, or a copy that is none, is not."""
+    ones = lambda *shape: np.ones(shape, np.float32)
+
+    def bert(tensors):
+        for name in [name for name in tensors if "LayerNorm" in name]:
+            tensors[name.replace(".weight", ".gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+        tensors |= {"bert.pooler.dense.weight": ones(32, 32), "cls.seq_relationship.bias": ones(2),
+                    "bert.embeddings.position_ids": ones(1, 96), "cls.predictions.decoder.bias": tensors["cls.predictions.bias"]}
+
+    def t5(tensors):
+        copy = tensors["shared.weight"]
+        tensors |= {"encoder.embed_tokens.weight": copy, "decoder.embed_tokens.weight": copy, "lm_head.weight": copy}
+
+    def deepseek_v3(tensors):
+        tensors["model.layers.61.eh_proj.weight"] = ones(2, 2)
+
+    for name, change, wrong in (("bert", bert, "classifier.weight"), ("t5", t5, "decoder.embed_tokens.weight"),
+                                ("deepseek_v3", deepseek_v3, "model.layers.3.eh_proj.weight")):
+        folder = copy_of(tmp_path, name)
+        *_, wanted = opened(folder)
+        rewrite(folder, change)
+        *_, params = opened(folder)
+        jax.tree.map(np.testing.assert_array_equal, params, wanted)
+        rewrite(folder, lambda tensors, wrong=wrong: tensors.update({wrong: ones(96, 32)}))
+        with pytest.raises(UserError, match=f"{wrong}: (is in the checkpoint, and|differs from shared.weight)"):
+            opened(folder)
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path):
@@ -478,6 +516,12 @@ def test_the_family_of_the_docs_goes_both_ways(tmp_path, monkeypatch):
     same_tensors(folder, tmp_path / "out")
 
 
-def test_the_docs_tell_of_every_family():
-    docs = (pathlib.Path(__file__).parent.parent / "docs/huggingface.md").read_text()
-    assert all(f"(`{name}`)" in docs for name in MODEL_TYPES)
+@pytest.mark.parametrize("page, table", [("docs/huggingface.md", long_table), ("README.md", short_table)])
+def test_the_tables_of_families_are_what_was_measured(page, table):
+    file = pathlib.Path(__file__).parent.parent / page
+    text = file.read_text()
+    if UPDATE:
+        file.write_text(with_table(text, table()))
+    assert with_table(text, table()) == text
+    assert set(FAMILIES) == set(MODEL_TYPES)
+    assert page == "README.md" or f"any of {len(SIZES)} published sizes" in text

@@ -10,6 +10,7 @@ from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
 from jaxlm.models.families.family import Family
 
+
 class Place(NamedTuple):
     """Where in the checkpoint a parameter lies: places [start, stop) along `axis` of the tensor `name`, whose axes are `whole`;
     one tensor for each layer and expert that the name tells."""

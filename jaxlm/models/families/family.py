@@ -23,7 +23,8 @@ NOT_ARCHITECTURE = frozenset("""
     gradient_checkpointing hidden_dropout_prob id2label initializer_factor initializer_range label2id model_type n_ctx
     output_attentions output_hidden_states output_router_logits pad_token_id problem_type resid_pdrop return_dict
     router_aux_loss_coef router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split())
+    summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id
+    use_cache""".split())
 
 # jaxlm keys that do not change what the model computes when it reads a text; a family says nothing of them.
 NOT_SAID = frozenset("""
@@ -155,9 +156,10 @@ def read_config(values: dict) -> tuple[Family, dict]:
     family, fields, keys = MODEL_TYPES[values["model_type"]], Fields(values), {}
     for part in family.parts:
         keys.update(part.read(fields))
+    remedy = {"quantization_config": "quantised weights are not read; give the same checkpoint in bfloat16"}
     problems = fields.problems + [
-        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; if it says nothing of the model, "
-        "take it out"
+        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; "
+        + (remedy[name] if name in remedy else "if it says nothing of the model, take it out")
         for name, value in values.items() if name not in fields.taken and value is not None]
     if problems:
         raise UserError(*problems)

@@ -94,4 +94,4 @@ T5 = register(Family("t5", "T5ForConditionalGeneration", (
            *attention("decoder.block.{layer}.layer.1.EncDecAttention", "layers/cross"),
            one("decoder.block.{layer}.layer.1.layer_norm.weight", "layers/cross_norm/scale", "D -> D")),
 ), prefix="", left_out=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-    copies={"lm_head.weight": "embedding", "encoder.embed_tokens.weight": "embedding", "decoder.embed_tokens.weight": "embedding"}))
+    copies=dict.fromkeys(("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "embedding")))
