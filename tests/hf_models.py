@@ -175,7 +175,7 @@ def answer(model, number: int):
     piece = tokens[None, row, begin:end]
     if model.config.is_encoder_decoder:
         return model(input_ids=about[None, row, first:last], decoder_input_ids=piece).logits[0]
-    out = model(piece)
+    out = model(piece, token_type_ids=piece % 2) if model.config.model_type == "bert" else model(piece)
     if "logits" not in out:
         return out.pooler_output
     return out.logits if out.logits.ndim == 2 else out.logits[0]

@@ -16,10 +16,11 @@ def sizes_of(config, vocab_size: int) -> dict[str, int]:
     vectors that queries, keys and values are made of, P rotated and O other numbers of a head, W = Z + P, U of a value."""
     m = config.model
     P = rotated_size(m)
-    return {"1": 1, "V": vocab_size, "D": m.embed_dim, "M": m.embed_dim, "N": m.num_heads, "K": m.num_kv_heads,
-            "H": m.head_dim, "F": m.mlp_dim, "E": m.num_experts, "T": config.seq_len, "C": m.num_classes, "B": m.relative_buckets, "Y": m.token_types,
-            "G": m.dense_mlp_dim or m.mlp_dim, "S": m.shared_experts * m.mlp_dim, "Q": m.query_rank, "Z": m.kv_rank, "P": P,
-            "O": m.head_dim - P, "W": m.kv_rank + P, "U": m.value_head_dim or m.head_dim}
+    return {
+        "1": 1, "V": vocab_size, "D": m.embed_dim, "M": m.embed_dim, "N": m.num_heads, "K": m.num_kv_heads, "H": m.head_dim,
+        "F": m.mlp_dim, "E": m.num_experts, "T": config.seq_len, "C": m.num_classes, "B": m.relative_buckets, "Y": m.token_types,
+        "G": m.dense_mlp_dim or m.mlp_dim, "S": m.shared_experts * m.mlp_dim, "Q": m.query_rank, "Z": m.kv_rank, "P": P,
+        "O": m.head_dim - P, "W": m.kv_rank + P, "U": m.value_head_dim or m.head_dim}
 
 
 def halves(sizes: dict[str, int], letter: str) -> np.ndarray:
