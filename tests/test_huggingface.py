@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -256,6 +257,23 @@ def test_shards_with_an_index_and_bfloat16(tmp_path):
         opened(tmp_path / "narrow")
 
 
+@pytest.mark.parametrize("name", ["bert_classes", "t5_v1_1", "deepseek_v3"])
+def test_runs_of_other_shapes_go_both_ways(name, tmp_path, capsys):
+    """By the verb, in bfloat16 with a router in float32: what is no decoder, and what has layers of two kinds."""
+    folder = copy_of(tmp_path, name, tie_word_embeddings=name == "bert_classes")
+    router = lambda tensor: "gate.weight" in tensor or "e_score" in tensor
+    rewrite(folder, lambda tensors: tensors.update(
+        {name: a if router(name) else a.astype(ml_dtypes.bfloat16) for name, a in tensors.items()}))
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["convert", f"--from={folder}", f"--workdir={run}"]) == 0
+    assert "parameters in bfloat16" in capsys.readouterr().out
+    assert main(["convert", f"--workdir={run}", f"--to={out}"]) == 0
+    same_tensors(folder, out)
+    values = [json.loads((side / "config.json").read_text()) for side in (folder, out)]
+    assert [v["architectures"] for v in values] == [[CASES[name].architecture]] * 2
+    assert name != "bert_classes" or values[0]["id2label"] == values[1]["id2label"]
+
+
 def test_a_bin_is_read_by_its_weights_alone(tmp_path):
     torch = pytest.importorskip("torch")
     folder = copy_of(tmp_path)
@@ -358,8 +376,9 @@ def test_what_published_checkpoints_have_beside_is_left_out(tmp_path):
     def bert(tensors):
         for name in [name for name in tensors if "LayerNorm" in name]:
             tensors[name.replace(".weight", ".gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
-        tensors |= {"bert.pooler.dense.weight": ones(32, 32), "cls.seq_relationship.bias": ones(2),
-                    "bert.embeddings.position_ids": ones(1, 96), "cls.predictions.decoder.bias": tensors["cls.predictions.bias"]}
+        tensors |= {
+            "bert.pooler.dense.weight": ones(32, 32), "bert.pooler.dense.bias": ones(32), "cls.seq_relationship.bias": ones(2),
+            "bert.embeddings.position_ids": ones(1, 96), "cls.predictions.decoder.bias": tensors["cls.predictions.bias"]}
 
     def t5(tensors):
         copy = tensors["shared.weight"]
@@ -375,6 +394,8 @@ def test_what_published_checkpoints_have_beside_is_left_out(tmp_path):
         rewrite(folder, change)
         *_, params = opened(folder)
         jax.tree.map(np.testing.assert_array_equal, params, wanted)
+        if name == "bert":
+            assert np.all(opened(folder, "--config.model.pooler=True")[-1]["pooler"]["kernel"] == 1)
         rewrite(folder, lambda tensors, wrong=wrong: tensors.update({wrong: ones(96, 32)}))
         with pytest.raises(UserError, match=f"{wrong}: (is in the checkpoint, and|differs from shared.weight)"):
             opened(folder)

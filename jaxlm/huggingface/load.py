@@ -44,7 +44,7 @@ def open_source(folder: str, overrides=()) -> Source:
     family, keys = read_config(values)
     tensors = open_tensors(folder)
     apply(config, keys)
-    narrow = all(t.kind == "BF16" for t in tensors.values())
+    narrow = all(t.kind == "BF16" for name, t in tensors.items() if not family.is_router(name))
     config.model.param_dtype = "bfloat16" if narrow else "float32"
     config.lock()
     apply_overrides(config, overrides)

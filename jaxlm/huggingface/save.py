@@ -1,6 +1,7 @@
 """jaxlm -> Hugging Face: a whole folder, read again and compared with the live model before it gets its name."""
 
 import functools
+import math
 import os
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from jaxlm.models.families.family import NOT_ARCHITECTURE, Family, write_config
 from jaxlm.parallel import target
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import num_processes
+from jaxlm.parallel.rules import BATCH
 from jaxlm.train.rundir import write_json
 from jaxlm.train.state import build_model, flatten_paths
 
@@ -91,7 +93,8 @@ def compare(folder: str, config, model, params, mesh) -> float:
     again.config.seq_len = max(again.config.seq_len, config.seq_len)  # which longrope looks at
     vocab_size = flatten_paths(model.specs)["embedding"].shape[0]
     other = build_model(again.config, vocab_size, choose_backend(again.config, target.platform())[0])
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, min(CHECKED_TOKENS, config.seq_len))).astype(np.int32)
+    shape = math.prod(mesh.shape[axis] for axis in BATCH), min(CHECKED_TOKENS, config.seq_len)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
 
     def answers(model, params):
         def run(params, tokens):

@@ -65,6 +65,11 @@ class Family(NamedTuple):
     def is_outside(self, name: str) -> bool:
         return re.fullmatch(self.outside, name) is not None
 
+    def is_router(self, name: str) -> bool:
+        """Whether a tensor is float32 here, however the model is stored."""
+        names = [tensor.name for tensor in self.tensors if "/router/" in tensor.parts[0][0]]
+        return any(name.endswith(ending.rpartition("}")[2]) for ending in names)
+
 
 def register(family: Family) -> Family:
     return MODEL_TYPES.register(family.model_type)(family)
