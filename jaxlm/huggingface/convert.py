@@ -38,8 +38,7 @@ def say(text: str) -> None:
 def import_run(folder: str, workdir: str, overrides=()) -> None:
     """Raises UserError: not a checkpoint of a family that jaxlm has, or a work directory that is taken."""
     source = open_source(folder, overrides)
-    if os.path.isdir(workdir) and os.listdir(workdir):
-        raise UserError(f"--workdir={workdir}: is not empty; use another")
+    share(lambda: check_empty(workdir), "empty work directory")
     config, vocab_size = source.config, source.config.model.vocab_size
     config.data.tokenizer = tokenizer_of(folder, workdir, vocab_size)
     config.data.source = "files" if config.data.tokenizer != "byte" else "synthetic"
@@ -63,6 +62,11 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     say(f"{workdir}: {source.family.model_type}, {model.num_parameters:,} parameters in {config.model.param_dtype} "
         f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak / 1e9:.2f} GB when read, "
         f"{peak_process_bytes() / 1e9:.2f} GB when saved")
+
+
+def check_empty(workdir: str) -> None:
+    if os.path.isdir(workdir) and os.listdir(workdir):
+        raise UserError(f"--workdir={workdir}: is not empty; use another")
 
 
 def tokenizer_of(folder: str, workdir: str, vocab_size: int) -> str:
@@ -100,7 +104,7 @@ def origin(workdir: str) -> pathlib.Path | None:
 
 def export_run(workdir: str, folder: str, overrides=(), family_name: str = "") -> None:
     """Raises UserError as `save` does."""
-    run, kept = open_run(workdir, overrides), origin(workdir)
+    run, kept = open_run(workdir, overrides, frugal=True), origin(workdir)
     run.config.model.vocab_size = run.data.vocab_size
     values = parse_json(kept / "config.json") if kept else {}
     if family_name:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from jaxlm.config import rotated_size
+from jaxlm.huggingface.tensors import as_bits
 
 
 def sizes_of(config, vocab_size: int) -> dict[str, int]:
@@ -73,4 +74,4 @@ class Layout:
 
     def to_there(self, array_here: np.ndarray) -> np.ndarray:
         """The same, in the order of there."""
-        return self.as_there(array_here)[self.places]
+        return as_bits(self.as_there(array_here))[self.places].view(array_here.dtype)

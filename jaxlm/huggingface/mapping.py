@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
+from jaxlm.huggingface.tensors import as_bits
 from jaxlm.models.families.family import Family
 
 
@@ -44,12 +45,15 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     parts: list
 
-    def join(self, arrays: dict, dtype=None) -> np.ndarray:
-        """Its numbers. arrays: {path: parameter}."""
-        path, _, place = self.parts[0]
-        out = np.empty(place.whole, dtype or arrays[path].dtype)
+    def join(self, numbers, dtype: np.dtype) -> np.ndarray:
+        """What it holds. numbers: (path, index) -> those of a parameter."""
+        out = np.empty(self.parts[0][2].whole, dtype)
         for path, index, place in self.parts:
-            out[place.slices] = place.layout.to_there(np.asarray(arrays[path][index]))
+            part = place.layout.to_there(numbers(path, index))
+            if part.dtype == out.dtype:
+                as_bits(out)[place.slices] = as_bits(part)
+            else:
+                out[place.slices] = part
         return out.reshape(self.shape)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
@@ -175,7 +176,7 @@ class Transformer(nnx.Module):
             return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
-        xs = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), xs)
+        xs = jax.tree.map(lambda a: row_major(a.reshape(-1, period, *a.shape[1:])), xs)
         (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs, unroll=self.scan_unroll)
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
@@ -214,6 +215,13 @@ def unstack(tree, length: int) -> list:
     leaves, structure = jax.tree.flatten(tree)
     columns = [[part[0] for part in jax.lax.split(leaf, [1] * length)] for leaf in leaves]
     return [structure.unflatten(layer) for layer in zip(*columns, strict=True)]
+
+
+def row_major(x):
+    """As it is, for XLA on a CPU, which of itself may copy all layers to give a short axis another place in memory."""
+    if target.platform() != "cpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def softcap(x, cap: float):

@@ -80,7 +80,7 @@ def mesh_here(config, vocab_size: int, overrides=()):
     return build_mesh(config, devices, choose_axes(config, vocab_size, devices)[0] if config.mesh.auto else None)
 
 
-def open_run(workdir: str, overrides=()) -> Run:
+def open_run(workdir: str, overrides=(), frugal: bool = False) -> Run:
     """The run as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit the
     devices that there are, one that does."""
     config = config_of_run(workdir, overrides)
@@ -101,7 +101,7 @@ def open_run(workdir: str, overrides=()) -> Run:
     directory = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(directory):
         raise UserError(f"--workdir={workdir}: no checkpoints there yet; train first")
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False)
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False, frugal=frugal)
     if checkpoints.latest() is None:
         raise UserError(f"--workdir={workdir}: no checkpoint there yet; train first")
     params = checkpoints.restore_params(abstract, name="ema" if config.optimizer.ema_decay else "params")
