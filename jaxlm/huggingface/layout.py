@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 
-from jaxlm.huggingface.tensors import as_bits
-
 
 def sizes_of(config, vocab_size: int) -> dict[str, int]:
     """Of each letter; the config is resolved."""
@@ -46,4 +44,4 @@ class Layout:
         return array_here.reshape(self.split_here).transpose(self.order)
 
     def to_there(self, array_here: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(as_bits(self.as_there(array_here))).view(array_here.dtype).reshape(self.there)
+        return np.ascontiguousarray(self.as_there(array_here)).reshape(self.there)

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from jaxlm.config import apply_overrides, import_parts, resolve, validate
 from jaxlm.errors import UserError
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
-from jaxlm.huggingface.tensors import THREADS, as_bits, open_tensors, parse_json
+from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
+from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 
-PIECE_BYTES = 8 * 2**20  # of a tensor, read at once where its axes lie in another order here
 ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own on a CPU; any other it copies
 
 
@@ -115,6 +115,7 @@ def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(read, np.ndindex(*out.shape[:n])):
             pass  # an error of a thread comes out here
+    give_back_freed_memory()
     return out
 
 

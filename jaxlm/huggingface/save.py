@@ -20,6 +20,7 @@ from jaxlm.parallel import target
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import gather, is_main, num_processes, share
 from jaxlm.parallel.rules import replicated
+from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.rundir import write_json
 from jaxlm.train.state import build_model, flatten_paths
 
@@ -56,9 +57,10 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
 
     def make(tensor):
         def array():
-            parts = [place.layout.to_there(in_host_memory(arrays[path], index)) for path, index, place in tensor.parts]
-            axis = tensor.parts[0][2].axis
-            return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis)).astype(types[tensor.parts[0][0]], copy=False)
+            parts = [(place.layout, in_host_memory(arrays[path], index)) for path, index, place in tensor.parts]
+            if len(parts) == 1:
+                return parts[0][0].as_there(parts[0][1])
+            return np.concatenate([layout.to_there(part) for layout, part in parts], tensor.parts[0][2].axis)
 
         return array
 
@@ -127,6 +129,7 @@ def compare(folder: str, config, params, mesh) -> float:
     logits_of_live = program(live)
     logits_of_other = logits_of_live if other.graph == live.graph else program(other)
     mine = np.asarray(logits_of_live(params, tokens).addressable_data(0))
+    give_back_freed_memory()
     theirs = np.asarray(logits_of_other(load_params(again, other, mesh, instead_of=params), tokens).addressable_data(0))
     difference = float(np.abs(mine - theirs).max())
     if not np.isfinite(mine).all():
