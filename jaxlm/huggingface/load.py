@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.config import apply_overrides, import_parts, resolve, validate
 from jaxlm.errors import UserError
+from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
 from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
@@ -25,7 +26,7 @@ ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own
 class Source(NamedTuple):
     """A Hugging Face folder, opened: nothing but headers has been read."""
 
-    folder: str
+    folder: str  # where it is here, also of one from the Hub
     values: dict  # config.json
     family: Family
     config: ConfigDict  # of jaxlm: defaults, what config.json says, and the overrides
@@ -36,8 +37,9 @@ def open_source(folder: str, overrides=()) -> Source:
     """Raises UserError: no such folder, or a model that jaxlm has not."""
     from configs import default
 
+    folder = local_folder(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (download it first)")
+        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint, or org/name of the Hub")
     config = default.get_config()
     apply_overrides(config, [o for o in overrides if o.startswith("--config.imports=")])
     if problems := import_parts(config.imports):
@@ -48,6 +50,8 @@ def open_source(folder: str, overrides=()) -> Source:
     apply(config, keys)
     narrow = all(t.kind == "BF16" for t in tensors.values())
     config.model.param_dtype = "bfloat16" if narrow else "float32"
+    if (file := pathlib.Path(folder, "tokenizer.json")).is_file():
+        config.data.tokenizer = str(file)
     config.lock()
     apply_overrides(config, overrides)
     resolve(config)
