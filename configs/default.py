@@ -113,7 +113,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.scan_layers = False  # one compiled layer looped (fast compile) or all unrolled (fast step)
     c.model.scan_unroll = 1  # of scan_layers: so many layers (whole window patterns) in each turn of the loop
     c.model.remat = "none"  # none, minimal, save_dots, save_attention, offload, full, or tensors to keep: "attention,offload:up"
-    c.model.from_pretrained = ""  # a jaxlm run or a Hugging Face folder whose parameters start this run
+    c.model.from_pretrained = ""  # whose parameters start this run: a jaxlm run, a Hugging Face folder, org/name[@revision]
 
     c.objective = ConfigDict()
     c.objective.name = "next_token"

@@ -101,6 +101,11 @@ def add_config(verb):
     verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a config file, such as configs/shakespeare.py")
 
 
+def add_model(verb):
+    verb.add_argument("--workdir", default="", metavar="DIR", help="the run directory; without it give "
+                      "--config.model.from_pretrained=DIR, a run or Hugging Face weights (folder or org/name)")
+
+
 def add_workdir(verb):
     verb.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
 
@@ -135,12 +140,12 @@ def run_train(args):
 
 
 def add_eval(verb):
-    add_workdir(verb)
+    add_model(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint on its validation split."""
+    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
     start_jax()
 
     from jaxlm.data.feed import Feed
@@ -153,7 +158,7 @@ def run_eval(args):
 
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
-        raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
+        raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)")
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
     batches = run.data.valid.evaluation_batches(rows=feed.rows)
@@ -164,7 +169,7 @@ def run_eval(args):
 
 
 def add_generate(verb):
-    add_workdir(verb)
+    add_model(verb)
     verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
     verb.add_argument("--tokens", type=int, default=500, help="tokens to write (default %(default)s)")
     verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
@@ -174,7 +179,7 @@ def add_generate(verb):
 
 
 def run_generate(args):
-    """Stream text from a run's newest checkpoint."""
+    """Stream text from a run's newest checkpoint, or from Hugging Face weights."""
     problems = []
     if not args.prompt:
         problems.append("--prompt: is empty; give at least one character")
@@ -190,7 +195,7 @@ def run_generate(args):
     from jaxlm.generate.decoding import Generator
     from jaxlm.train.restore import open_run
 
-    run = open_run(args.workdir, args.overrides)
+    run = open_run(args.workdir, args.overrides, text=False)
     tokenizer = run.data.tokenizer
     generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, args.temperature, args.top_k, args.top_p)
     prompt = [int(t) for t in tokenizer.encode(args.prompt)]
@@ -260,7 +265,8 @@ def run_report(args):
 
 
 def add_plan(verb):
-    add_config(verb)
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="a config file; without it give "
+                      "--config.model.from_pretrained=DIR, a run made of Hugging Face weights, or these")
     verb.add_argument("--topology", default="", metavar="NAME", help="v5p:4x4x4, v5e-16, h200x8, ...; default: this machine")
     verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them, joined by the slow network")
     verb.add_argument("--devices", type=int, default=0, metavar="N", help="plan for N (fake) CPU devices instead")
@@ -277,6 +283,7 @@ def run_plan(args):
 
     The step is compiled by the compiler of the hardware, which need not be there: TPU with libtpu, CPU always.
     """
+    from configs import default
     from jaxlm.config import load
 
     if problems := [f"--{name}={value}: must be at least {least}" for name, value, least in (
@@ -286,6 +293,10 @@ def run_plan(args):
         raise UserError("--topology and --devices: give one of them")
     if args.save and (args.search or args.estimate):
         raise UserError("--save: needs the one layout of the config, compiled; leave --search and --estimate out")
+    if not args.config:
+        if not any(o.startswith("--config.model.from_pretrained=") for o in args.overrides):
+            raise UserError("plan: give --config=FILE, or --config.model.from_pretrained=DIR")
+        args.config = default.__file__
     config = load(args.config, args.overrides)
     if args.devices:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={args.devices}"
@@ -337,7 +348,8 @@ def run_plan(args):
 
 def add_convert(verb):
     add_workdir(verb)
-    verb.add_argument("--from", dest="source", default="", metavar="DIR", help="a Hugging Face folder, to make the run of")
+    verb.add_argument("--from", dest="source", default="", metavar="DIR", help="Hugging Face weights to make the run of: "
+                      "a folder, or org/name[@revision] of the Hub")
     verb.add_argument("--to", default="", metavar="DIR", help="the Hugging Face folder to make of the run")
     verb.add_argument("--family", default="", metavar="NAME", help="with --to, its model_type; default: where it came from, or "
                       "the first that has such a model")

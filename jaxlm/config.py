@@ -58,11 +58,13 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
 
 
 def take_from_pretrained(config: ConfigDict) -> None:
-    """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
-    its tokenizer.json how text is cut, in place."""
+    """Where `model.from_pretrained` is a Hugging Face folder or repository, or a run made of one, its config.json says what the
+    model is, and its tokenizer.json how text is cut, in place."""
     if not config.model.from_pretrained or "://" in config.model.from_pretrained:  # a run elsewhere
         return
-    folder = pathlib.Path(config.model.from_pretrained)
+    from jaxlm.huggingface.hub import local_folder
+
+    folder = pathlib.Path(local_folder(config.model.from_pretrained))
     if (folder / "checkpoints").is_dir():
         folder = folder / "huggingface"
         if not folder.is_dir():

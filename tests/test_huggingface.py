@@ -1,5 +1,6 @@
 """Hugging Face both ways: for every family the same logits as transformers, and the same bytes after a round trip."""
 
+import fnmatch
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,9 @@ from hf_models import (
     with_table,
 )
 
+from configs import default
 from jaxlm.cli import main
+from jaxlm.config import load
 from jaxlm.errors import UserError
 from jaxlm.huggingface.convert import import_run
 from jaxlm.huggingface.load import load_params, open_source
@@ -418,11 +422,12 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
 
 def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkeypatch):
     folder = copy_of(tmp_path)
-    from jaxlm.huggingface import layout
 
-    to_there = layout.Layout.to_there
-    swapped = lambda self, a: to_there(self, a)[::-1] if self.axes == self.here == (32,) else to_there(self, a)
-    monkeypatch.setattr(layout.Layout, "to_there", swapped)
+    def swapped(folder, planned, *args, **options):
+        swap = lambda t: t._replace(make=lambda: t.make()[::-1]) if t.shape == (32,) else t
+        write_shards(folder, list(map(swap, planned)), *args, **options)
+
+    monkeypatch.setattr("jaxlm.huggingface.save.write_shards", swapped)
     with pytest.raises(UserError, match="nothing was published"):
         exported(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -431,6 +436,11 @@ def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jaxlm.huggingface.save.write_json", full)
+    with pytest.raises(UserError, match="No space left"):
+        exported(folder, tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
+    monkeypatch.undo()
+    monkeypatch.setattr("jaxlm.huggingface.tensors.os.pwrite", full)
     with pytest.raises(UserError, match="No space left"):
         exported(folder, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
@@ -493,6 +503,14 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     assert "llama, 37,152 parameters" in said and "peak host memory" in said, said
     assert "to" in jaxlm("generate", f"--workdir={tmp_path / 'run'}", "--prompt=to be", "--tokens=3")
     assert '"loss"' in jaxlm("eval", f"--workdir={tmp_path / 'run'}", "--json")
+    # The folder itself, without a run; nothing is written but the token store of eval.
+    direct, before = f"--config.model.from_pretrained={folder}", sorted(tmp_path.rglob("*"))
+    written = [jaxlm("generate", source, "--prompt=to be", "--tokens=5", "--temperature=0", "--config.seq_len=16")
+               for source in (f"--workdir={tmp_path / 'run'}", direct)]
+    assert written[0] == written[1]
+    scores = [json.loads(jaxlm("eval", source, "--json", *data)) for source in (f"--workdir={tmp_path / 'run'}", direct)]
+    assert scores[0] == scores[1]
+    assert sorted(tmp_path.rglob("*")) == before
     start = [f"--config={pathlib.Path(__file__).parent.parent / 'configs/default.py'}", "--config.steps=2",
              "--config.batch_size=2", "--config.schedule.warmup_steps=0", "--config.observe.report=False", *data]
     losses = []
@@ -507,6 +525,123 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     before, after = (opened(f)[-1] for f in (folder, tmp_path / "out"))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
     assert all(0 < change < 0.1 for change in jax.tree.leaves(moved)), moved
+
+
+def test_plan_takes_the_weights_in_place_of_a_config(tmp_path):
+    said = jaxlm("plan", f"--config.model.from_pretrained={copy_of(tmp_path)}", "--estimate", "--json",
+                 "--config.data.source=synthetic", "--config.schedule.warmup_steps=0")
+    assert json.loads(said)["bytes"]
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "plan"])
+def test_without_a_run_or_weights_one_line_says_what_to_give(verb, capsys):
+    assert main([verb]) == 2
+    assert "--config.model.from_pretrained=DIR" in capsys.readouterr().err
+
+
+def test_two_processes_import_and_export(tmp_path):
+    """What they write is what one writes."""
+    from jaxlm.parallel.peers import free_port
+
+    folder = copy_of(tmp_path, "qwen3_moe")
+
+    def both(*args):
+        env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAXLM_NUM_PROCESSES": "2",
+               "JAXLM_COORDINATOR": f"127.0.0.1:{free_port()}"}
+        started = [subprocess.Popen([sys.executable, "-m", "jaxlm.cli", "convert", *map(str, args)], text=True,
+                                    env={**env, "JAXLM_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                   for i in range(2)]
+        said = [p.communicate(timeout=120)[0] for p in started]
+        assert [p.returncode for p in started] == [0, 0], said
+        return "".join(said)
+
+    both(f"--from={folder}", f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=2")
+    said = both(f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
+    assert said.count("read again, its logits differ by") == 1
+    same_tensors(folder, tmp_path / "out")
+    jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'alone'}")  # the fingerprints are those of any mesh
+    same_tensors(folder, tmp_path / "alone")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["alone", "out", "qwen3_moe", "run"]
+
+
+# ---- The Hub ---------------------------------------------------------------------------------------------------------------
+
+
+class FakeHub(types.ModuleType):
+    """huggingface_hub, as far as it is used."""
+
+    class errors:
+        HTTPError = type("HTTPError", (Exception,), {})
+        RepositoryNotFoundError = type("RepositoryNotFoundError", (HTTPError,), {})
+        GatedRepoError = type("GatedRepoError", (RepositoryNotFoundError,), {})
+        RevisionNotFoundError = type("RevisionNotFoundError", (HTTPError,), {})
+        LocalEntryNotFoundError = type("LocalEntryNotFoundError", (FileNotFoundError,), {})
+
+    def __init__(self, answer):
+        super().__init__("huggingface_hub")
+        self.answer, self.asked = answer, []
+
+    def snapshot_download(self, repo_id, revision, allow_patterns, ignore_patterns):
+        self.asked.append((repo_id, revision))
+        assert not any(fnmatch.fnmatch(name, p) for p in allow_patterns for name in ("pytorch_model.bin", "modeling.py"))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def test_a_repository_of_the_hub_is_downloaded(tmp_path, monkeypatch):
+    folder, hub = copy_of(tmp_path), FakeHub(None)
+    hub.answer = folder
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("org/tiny").folder == open_source("org/tiny@v1.0").folder == str(folder)
+    assert hub.asked == [("org/tiny", None), ("org/tiny", "v1.0")]
+    config = load(str(pathlib.Path(default.__file__)), ["--config.model.from_pretrained=org/tiny"])
+    assert config.model.vocab_size == 96 and config.model.from_pretrained == "org/tiny"
+    for name in ("nowhere", "./a/b", "/a/b", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder"):
+            open_source(name)
+    assert len(hub.asked) == 3
+
+
+@pytest.mark.parametrize("error, said", [
+    (FakeHub.errors.GatedRepoError(), "accept them on its page"), (FakeHub.errors.RepositoryNotFoundError(), "neither a folder"),
+    (FakeHub.errors.RevisionNotFoundError(), "no such revision"), (ConnectionError(), "cannot be reached"),
+    (FakeHub.errors.LocalEntryNotFoundError(), "cannot be reached"), (FakeHub.errors.HTTPError(), "cannot be reached")])
+def test_what_the_hub_refuses_is_one_line(error, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(error))
+    with pytest.raises(UserError, match=said) as refused:
+        open_source("org/tiny@main")
+    assert len(refused.value.problems) == 1
+
+
+def test_the_fake_hub_has_the_errors_of_the_real_one():
+    real = pytest.importorskip("huggingface_hub.errors")
+    for name in ("HTTPError", "RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "LocalEntryNotFoundError"):
+        theirs, fake = getattr(real, name), getattr(FakeHub.errors, name)
+        for other in ("RepositoryNotFoundError", "RevisionNotFoundError"):  # the order in which they are caught
+            assert issubclass(theirs, getattr(real, other)) == issubclass(fake, getattr(FakeHub.errors, other)), name
+
+
+def test_without_the_extra_a_repository_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"org/tiny: no such folder; if .* pip install 'jaxlm\[hub\]'"):
+        open_source("org/tiny")
+
+
+def test_a_local_folder_never_touches_the_network(tmp_path, monkeypatch):
+    """Also one whose name could be a repository's."""
+    (tmp_path / "org").mkdir()
+    copy_of(tmp_path / "org", "llama2")
+
+    def forbidden(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket", forbidden)
+    monkeypatch.setattr("socket.getaddrinfo", forbidden)
+    monkeypatch.chdir(tmp_path)
+    opened("org/llama2")
+    assert load(default.__file__, ["--config.model.from_pretrained=org/llama2"]).model.vocab_size == 96
 
 
 def test_training_does_not_import_this():

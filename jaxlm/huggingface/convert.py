@@ -14,6 +14,7 @@ from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import fingerprint
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.errors import UserError
+from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.load import is_hugging_face, load_params, open_source
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import parse_json
@@ -39,6 +40,7 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     """Raises UserError: not a checkpoint of a family that jaxlm has, or a work directory that is taken."""
     source = open_source(folder, overrides)
     share(lambda: check_empty(workdir), "empty work directory")
+    folder = source.folder
     config, vocab_size = source.config, source.config.model.vocab_size
     config.data.tokenizer = tokenizer_of(folder, workdir, vocab_size)
     config.data.source = "files" if config.data.tokenizer != "byte" else "synthetic"
@@ -94,6 +96,7 @@ def origin(workdir: str) -> pathlib.Path | None:
     seen = set()
     while workdir and workdir not in seen:
         seen.add(workdir)
+        workdir = local_folder(workdir)
         if is_hugging_face(workdir):
             return pathlib.Path(workdir)
         if (kept := pathlib.Path(workdir, "huggingface")).is_dir():

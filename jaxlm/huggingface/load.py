@@ -13,19 +13,20 @@ from ml_collections import ConfigDict
 
 from jaxlm.config import apply_overrides, import_parts, resolve, validate
 from jaxlm.errors import UserError
+from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
-from jaxlm.huggingface.tensors import THREADS, as_bits, open_tensors, parse_json
+from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
+from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 
-PIECE_BYTES = 8 * 2**20  # of a tensor, read at once where its axes lie in another order here
 ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own on a CPU; any other it copies
 
 
 class Source(NamedTuple):
     """A Hugging Face folder, opened: nothing but headers has been read."""
 
-    folder: str
+    folder: str  # where it is here, also of one from the Hub
     values: dict  # config.json
     family: Family
     config: ConfigDict  # of jaxlm: defaults, what config.json says, and the overrides
@@ -36,8 +37,9 @@ def open_source(folder: str, overrides=()) -> Source:
     """Raises UserError: no such folder, or a model that jaxlm has not."""
     from configs import default
 
+    folder = local_folder(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (download it first)")
+        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint, or org/name of the Hub")
     config = default.get_config()
     apply_overrides(config, [o for o in overrides if o.startswith("--config.imports=")])
     if problems := import_parts(config.imports):
@@ -48,6 +50,8 @@ def open_source(folder: str, overrides=()) -> Source:
     apply(config, keys)
     narrow = all(t.kind == "BF16" for name, t in tensors.items() if not family.is_router(name))
     config.model.param_dtype = "bfloat16" if narrow else "float32"
+    if (file := pathlib.Path(folder, "tokenizer.json")).is_file():
+        config.data.tokenizer = str(file)
     config.lock()
     apply_overrides(config, overrides)
     resolve(config)
@@ -115,6 +119,7 @@ def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(read, np.ndindex(*out.shape[:n])):
             pass  # an error of a thread comes out here
+    give_back_freed_memory()
     return out
 
 

@@ -45,16 +45,14 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     parts: list
 
-    def join(self, numbers, dtype: np.dtype) -> np.ndarray:
-        """What it holds. numbers: (path, index) -> those of a parameter."""
-        out = np.empty(self.parts[0][2].whole, dtype)
-        for path, index, place in self.parts:
-            part = place.layout.to_there(numbers(path, index))
-            if part.dtype == out.dtype:
-                as_bits(out)[place.slices] = as_bits(part)
-            else:
-                out[place.slices] = part
-        return out.reshape(self.shape)
+    def join(self, numbers) -> np.ndarray:
+        """What it holds, its axes not joined; a view, where it is one parameter in the same order. numbers: (path, index) ->
+        those of a parameter."""
+        parts = [place.layout.to_there(numbers(path, index)) for path, index, place in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([as_bits(part) for part in parts], self.parts[0][2].axis).view(parts[0].dtype)
+
 
 
 def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str, Place]:

@@ -22,6 +22,7 @@ from jaxlm.parallel import target
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import gather, is_main, num_processes, share
 from jaxlm.parallel.rules import BATCH, replicated
+from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.rundir import write_json
 from jaxlm.train.state import build_model, flatten_paths
 
@@ -57,9 +58,9 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
             return np.asarray(array)[index]  # a view
         return np.asarray(everywhere(array, index).addressable_data(0))
 
-    dtype = lambda tensor: types[tensor.parts[0][0]]
-    make = lambda tensor: functools.partial(tensor.join, lambda path, index: in_host_memory(arrays[path], index), dtype(tensor))
-    planned = [Planned(name, dtype(t), t.shape, make(t)) for name, t in tensors_of(places, specs).items()]
+    numbers = lambda path, index: in_host_memory(arrays[path], index)
+    planned = [Planned(name, types[t.parts[0][0]], t.shape, functools.partial(t.join, numbers))
+               for name, t in tensors_of(places, specs).items()]
     temporary = target_folder.with_name(f".{target_folder.name}.tmp{share(os.getpid, 'process id')}")
     try:
         if is_main():
@@ -129,6 +130,7 @@ def compare(folder: str, config, params, mesh) -> float:
     answers_of_live = program(live)
     answers_of_other = answers_of_live if other.graph == live.graph else program(other)
     mine = answers_of_live(params)
+    give_back_freed_memory()
     differences = [0.0]
     for ours, theirs in zip(mine, answers_of_other(load_params(again, other, mesh, instead_of=params)), strict=True):
         differences.append(float(np.abs(ours - theirs).max()))

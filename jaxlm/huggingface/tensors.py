@@ -16,6 +16,7 @@ from jaxlm.errors import UserError
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 LONGEST_HEADER = 100_000_000
+PIECE_BYTES = 2 * 2**20  # of a tensor, brought into another order of axes at once
 THREADS = 2  # that read or write tensors: one waits for the disk, one changes the order of axes
 
 
@@ -170,7 +171,7 @@ class Planned(NamedTuple):
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    make: object  # () -> np.ndarray
+    make: object  # () -> np.ndarray of this many numbers in this order; its axes may be cut up, its type another
 
     @property
     def bytes(self) -> int:
@@ -178,8 +179,8 @@ class Planned(NamedTuple):
 
 
 def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int, threads: int = THREADS) -> None:
-    """model.safetensors, or shards of at most `shard_bytes` and their index. One tensor for each thread is in memory; with one
-    thread they are made in the order of `planned`."""
+    """model.safetensors, or shards of at most `shard_bytes` and their index. One thread makes them in the order of
+    `planned`."""
     shards = [[]]
     for tensor in planned:
         if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
@@ -208,11 +209,14 @@ def write_file(path: pathlib.Path, shard: list[Planned], threads: int) -> None:
         file.flush()
 
         def write(t):
-            numbers = memoryview(np.ascontiguousarray(t.make()).reshape(-1).view(np.uint8))
-            place = 8 + len(text) + header[t.name]["data_offsets"][0]
-            while numbers:
-                done = os.pwrite(file.fileno(), numbers, place)
-                numbers, place = numbers[done:], place + done
+            array, place = t.make(), 8 + len(text) + header[t.name]["data_offsets"][0]
+            step = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
+            for at in range(0, len(array), step):
+                piece = np.ascontiguousarray(as_bits(array[at : at + step].astype(t.dtype, copy=False)))
+                numbers = memoryview(piece.reshape(-1).view(np.uint8))
+                while numbers:
+                    done = os.pwrite(file.fileno(), numbers, place)
+                    numbers, place = numbers[done:], place + done
 
         for _ in pool.map(write, shard):
             pass  # an error of a thread comes out here

@@ -18,7 +18,7 @@ from jaxlm.models.remat import check_remat, rematerialise
 from jaxlm.parallel import target
 from jaxlm.parallel.context import zigzag, zigzag_order
 from jaxlm.parallel.pipeline import run_pipeline
-from jaxlm.parallel.rules import constrain, mesh_size
+from jaxlm.parallel.rules import constrain, mesh_size, on_a_mesh
 from jaxlm.registry import Registry
 
 FAMILIES = Registry("model family", key="model.family")
@@ -218,8 +218,9 @@ def unstack(tree, length: int) -> list:
 
 
 def row_major(x):
-    """As it is, for XLA on a CPU, which of itself may copy all layers to give a short axis another place in memory."""
-    if target.platform() != "cpu":
+    """As it is, for XLA on a CPU, which of itself may copy all layers to give a short axis another place in memory. On a mesh,
+    saying so would gather them."""
+    if target.platform() != "cpu" or on_a_mesh():
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
