@@ -84,6 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.dense_mlp_dim = 0  # its hidden size; 0: mlp_dim
     c.model.router_score = "softmax"  # softmax, sigmoid
     c.model.router_bias = False  # a learned bias of the router's logits
+    c.model.router_choice_bias = False  # a bias of each expert that has a say in the choice only (DeepSeek-V3)
     c.model.router_normalize = True  # the weights of a token's experts sum to 1
     c.model.router_scale = 1.0  # multiplies the weights of a token's experts
     c.model.router_groups = 1  # the experts are in equal groups,
@@ -93,7 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.capacity_factor = 1.25  # of routing=capacity: places of an expert in a row, as a multiple of its equal share
     c.model.load_balance_weight = 0.01  # of the load-balance loss of each row, summed over layers
     c.model.router_z_weight = 0.0  # of mean(logsumexp(router logits)^2), summed over layers
-    c.model.bias_update_rate = 0.0  # loss-free balancing (arXiv:2408.15664): a bias of each expert moves so much a step; 0: off
+    c.model.bias_update_rate = 0.0  # loss-free balancing (arXiv:2408.15664): router_choice_bias, set then, moves so much a step
     c.model.block = "serial"  # serial, parallel
     c.model.masked_lm_head = False  # of family=encoder: a layer and a norm before the head, and a bias of the logits
     c.model.pooler = False  # of family=encoder: a layer on the first token's vector
@@ -115,7 +116,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.lora_rank = 0  # of adapters beside the layers' products (LoRA); where there are any, they alone train. 0: none
     c.model.lora_alpha = 16.0  # an adapter counts lora_alpha / lora_rank
     c.model.lora_modules = r"attention\.(query|value)"  # regex on attention.{query,key,value,out}, feedforward.{up,gate,down}
-    c.model.from_pretrained = ""  # a jaxlm run or a Hugging Face folder whose parameters start this run
+    c.model.from_pretrained = ""  # whose parameters start this run: a jaxlm run, a Hugging Face folder, org/name[@revision]
     c.model.from_scratch = ""  # regex on the parameter's path: those that from_pretrained does not give, such as a new head
     c.model.adapter = ""  # a folder in PEFT's form: the adapters that this run starts with; it sets the three lora keys
 

@@ -103,6 +103,11 @@ def add_config(verb):
     verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a config file, such as configs/shakespeare.py")
 
 
+def add_model(verb):
+    verb.add_argument("--workdir", default="", metavar="DIR", help="the run directory; without it give "
+                      "--config.model.from_pretrained=DIR, a run or Hugging Face weights (folder or org/name)")
+
+
 def add_workdir(verb):
     verb.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
 
@@ -137,12 +142,12 @@ def run_train(args):
 
 
 def add_eval(verb):
-    add_workdir(verb)
+    add_model(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint on its validation split."""
+    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
     start_jax()
 
     from jaxlm.data.feed import Feed
@@ -155,7 +160,7 @@ def run_eval(args):
 
     run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
-        raise UserError(f"--workdir={args.workdir}: its data has no validation split (data.source=synthetic)")
+        raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)")
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
     batches = run.data.valid.evaluation_batches(rows=feed.rows)
@@ -166,7 +171,7 @@ def run_eval(args):
 
 
 def add_generate(verb):
-    add_workdir(verb)
+    add_model(verb)
     verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
     verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     verb.add_argument("--tokens", type=int, default=500, help="tokens to write (default %(default)s)")
@@ -184,7 +189,7 @@ def add_generate(verb):
 
 
 def run_generate(args):
-    """Stream text from a run's newest checkpoint."""
+    """Write text with a run's newest checkpoint, or with Hugging Face weights."""
     from jaxlm.generate.sampling import Sampling
 
     prompts, problems = [args.prompt], []
@@ -209,8 +214,9 @@ def run_generate(args):
     from jaxlm.generate.write import write
     from jaxlm.train.restore import open_run
 
-    write(open_run(args.workdir, args.overrides), prompts, args.tokens, options, seed=args.seed, stop=tuple(args.stop),
-          stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty, as_json=args.json)
+    write(open_run(args.workdir, args.overrides, text=False), prompts, args.tokens, options, seed=args.seed,
+          stop=tuple(args.stop), stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty,
+          as_json=args.json)
 
 
 def add_bench(verb):
@@ -265,7 +271,8 @@ def run_report(args):
 
 
 def add_plan(verb):
-    add_config(verb)
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="a config file; without it give "
+                      "--config.model.from_pretrained=DIR, a run made of Hugging Face weights, or these")
     verb.add_argument("--topology", default="", metavar="NAME", help="v5p:4x4x4, v5e-16, h200x8, ...; default: this machine")
     verb.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them, joined by the slow network")
     verb.add_argument("--devices", type=int, default=0, metavar="N", help="plan for N (fake) CPU devices instead")
@@ -282,6 +289,7 @@ def run_plan(args):
 
     The step is compiled by the compiler of the hardware, which need not be there: TPU with libtpu, CPU always.
     """
+    from configs import default
     from jaxlm.config import load
 
     if problems := [f"--{name}={value}: must be at least {least}" for name, value, least in (
@@ -291,6 +299,10 @@ def run_plan(args):
         raise UserError("--topology and --devices: give one of them")
     if args.save and (args.search or args.estimate):
         raise UserError("--save: needs the one layout of the config, compiled; leave --search and --estimate out")
+    if not args.config:
+        if not any(o.startswith("--config.model.from_pretrained=") for o in args.overrides):
+            raise UserError("plan: give --config=FILE, or --config.model.from_pretrained=DIR")
+        args.config = default.__file__
     config = load(args.config, args.overrides)
     if args.devices:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={args.devices}"
@@ -342,7 +354,8 @@ def run_plan(args):
 
 def add_convert(verb):
     add_workdir(verb)
-    verb.add_argument("--from", dest="source", default="", metavar="DIR", help="a Hugging Face folder, to make the run of")
+    verb.add_argument("--from", dest="source", default="", metavar="DIR", help="Hugging Face weights to make the run of: "
+                      "a folder, or org/name[@revision] of the Hub")
     verb.add_argument("--to", default="", metavar="DIR", help="the Hugging Face folder to make of the run")
     verb.add_argument("--adapter", action="store_true", help="with --to, the run's LoRA adapters alone, in PEFT's form")
     verb.add_argument("--family", default="", metavar="NAME", help="with --to, its model_type; default: where it came from, or "

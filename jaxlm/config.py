@@ -59,8 +59,8 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
 
 
 def take_from_pretrained(config: ConfigDict) -> None:
-    """Where `model.from_pretrained` is a Hugging Face folder, or a run made of one, its config.json says what the model is, and
-    its tokenizer.json how text is cut, in place; `model.adapter` says what the adapters are."""
+    """Where `model.from_pretrained` is a Hugging Face folder or repository, or a run made of one, its config.json says what the
+    model is, and its tokenizer.json how text is cut, in place; `model.adapter` says what the adapters are."""
     folder = hugging_face_folder(config.model.from_pretrained)
     if folder is None:
         if config.model.adapter:
@@ -72,7 +72,7 @@ def take_from_pretrained(config: ConfigDict) -> None:
     seq_len = config.seq_len
     family, keys = read_folder(folder)
     apply(config, keys)
-    if keys["model.position"] == "rope":
+    if keys["model.position"] != "learned":
         config.seq_len = seq_len  # rope takes any length; learned positions have theirs
     if (folder / "tokenizer.json").is_file():
         config.data.tokenizer = str(folder / "tokenizer.json")
@@ -83,10 +83,13 @@ def take_from_pretrained(config: ConfigDict) -> None:
 
 
 def hugging_face_folder(path: str) -> pathlib.Path | None:
-    """What `model.from_pretrained` names, if it is a Hugging Face folder or a run made of one; None for other runs."""
+    """What `model.from_pretrained` names, if it is a Hugging Face folder or repository, or a run made of one; None for other
+    runs."""
     if not path or "://" in path:  # a run elsewhere
         return None
-    folder = pathlib.Path(path)
+    from jaxlm.huggingface.hub import local_folder
+
+    folder = pathlib.Path(local_folder(path))
     if not (folder / "checkpoints").is_dir():
         return folder
     return folder / "huggingface" if (folder / "huggingface").is_dir() else None
@@ -152,6 +155,7 @@ def resolve(config: ConfigDict) -> None:
         m.head_dim = m.embed_dim // m.num_heads
     m.num_kv_heads = m.num_kv_heads or m.num_heads
     m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
+    m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
 
 

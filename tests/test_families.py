@@ -23,6 +23,12 @@ COUNTS = {  # each is what transformers counts too (`test_transformers_counts_th
     "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320, "gemma3_270m": 268_098_176,
     "gemma3_1b": 999_885_952, "olmo2_1b": 1_484_916_736, "olmo2_7b": 7_298_617_344, "olmo2_13b": 13_716_198_400,
     "olmo2_32b": 32_234_279_936, "phi3_mini": 3_821_079_552, "phi4": 14_659_507_200, "smollm3_3b": 3_075_098_624,
+    "gpt_oss_20b": 20_914_757_184, "gpt_oss_120b": 116_829_156_672, "deepseek_v2_lite": 15_706_484_224,
+    "deepseek_v2": 235_741_434_880, "deepseek_v3": 671_026_419_200, "bert_base_uncased": 109_514_298,
+    "bert_large_uncased": 335_174_458, "bert_base_cased": 108_340_804, "bert_large_cased": 333_610_308, "t5_small": 60_506_624,
+    "t5_base": 222_903_552, "t5_large": 737_668_096, "t5_3b": 2_851_598_336, "t5_11b": 11_307_321_344,
+    "t5_v1_1_small": 76_961_152, "t5_v1_1_base": 247_577_856, "t5_v1_1_large": 783_150_080, "t5_v1_1_xl": 2_849_757_184,
+    "t5_v1_1_xxl": 11_135_332_352,
 }
 
 
@@ -41,15 +47,19 @@ def test_parameter_counts(size):
 
 
 @pytest.mark.parametrize("size", ["gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "mixtral_8x7b",
-                                  "gemma2_9b", "gemma3_1b", "olmo2_7b", "phi4", "smollm3_3b"])
+                                  "gemma2_9b", "gemma3_1b", "olmo2_7b", "phi4", "smollm3_3b", "gpt_oss_20b", "deepseek_v2_lite",
+                                  "deepseek_v3", "bert_base_uncased", "t5_small", "t5_v1_1_xxl"])
 def test_transformers_counts_the_same(size):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**SIZES[size])
     config.pad_token_id = None
+    auto = {"bert": transformers.AutoModelForMaskedLM, "t5": transformers.AutoModelForSeq2SeqLM}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == COUNTS[size]
+        model = auto.get(config.model_type, transformers.AutoModelForCausalLM).from_config(config)
+    kept = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}  # tied ones are one
+    own_head = config.vocab_size * config.d_model if size.startswith("t5_v1_1") else 0  # which it has once a file has one
+    assert sum(kept.values()) + own_head == COUNTS[size]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,8 +73,8 @@ def test_a_config_says_the_same_after_a_round_trip(size):
 
 
 def test_each_family_is_found_by_what_it_alone_has():
-    for size in ("gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "gemma2_9b", "gemma3_1b",
-                 "olmo2_7b"):
+    for size in ("gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "gpt_oss_20b", "deepseek_v2",
+                 "deepseek_v3", "bert_base_cased", "t5_v1_1_xl", "t5_small", "gemma2_9b", "gemma3_1b", "olmo2_7b"):
         family, config = config_of(SIZES[size])
         assert family_of(config) is family
     config.model.value_residual = True

@@ -1,4 +1,4 @@
-"""GPT-OSS: attention sinks, experts with biases and a clamped form, YaRN; against `transformers`."""
+"""GPT-OSS: attention sinks, experts with biases and a clamped form. `test_huggingface` compares the whole with transformers."""
 
 import functools
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import test_mesh
 import test_moe
-from parity import Pair, make_config, randomise, stacked
 
 from jaxlm.errors import UserError
 from jaxlm.kernels import attention
@@ -16,83 +15,6 @@ from jaxlm.kernels.attention import Extras, attend, choose_backend
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated
-
-LAYERS = range(2)
-
-
-def to_params(arrays):
-    layer = lambda name, form=lambda a: a: stacked(arrays, "model.layers.{}." + name, LAYERS, form)
-    heads = lambda a: a.reshape(-1, 8, *a.shape[1:])
-
-    def projection(name):
-        return {"kernel": layer(f"self_attn.{name}.weight", lambda a: np.moveaxis(heads(a), -1, 0)),
-                "bias": layer(f"self_attn.{name}.bias", heads)}
-
-    def expert(name, part):
-        return {"kernel": layer(f"mlp.experts.{name}", lambda a: a[..., part]),
-                "bias": layer(f"mlp.experts.{name}_bias", lambda a: a[..., part])}
-
-    return {
-        "embedding": arrays["model.embed_tokens.weight"], "head": {"kernel": arrays["lm_head.weight"].T},
-        "final_norm": {"scale": arrays["model.norm.weight"]},
-        "layers": {
-            "norm1": {"scale": layer("input_layernorm.weight")}, "norm2": {"scale": layer("post_attention_layernorm.weight")},
-            "attention": {
-                "query": projection("q_proj"), "key": projection("k_proj"), "value": projection("v_proj"),
-                "out": {"kernel": layer("self_attn.o_proj.weight", lambda a: a.T.reshape(4, 8, -1)),
-                        "bias": layer("self_attn.o_proj.bias")},
-                "sink_bias": layer("self_attn.sinks")},
-            "feedforward": {
-                "router": {"kernel": layer("mlp.router.weight", np.transpose), "logit_bias": layer("mlp.router.bias")},
-                "experts": {"gate": expert("gate_up_proj", slice(0, None, 2)), "up": expert("gate_up_proj", slice(1, None, 2)),
-                            "down": expert("down_proj", slice(None))}}}}
-
-
-@functools.cache
-def pair(backend="plain", isolate=False, truncate=False):
-    pytest.importorskip("torch").manual_seed(0)
-    transformers = pytest.importorskip("transformers")
-    rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": truncate,
-            "original_max_position_embeddings": 32}
-    theirs = transformers.GptOssForCausalLM(transformers.GptOssConfig(
-        num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=3, vocab_size=64, hidden_size=32, intermediate_size=24,
-        head_dim=8, num_attention_heads=4, num_key_value_heads=2, sliding_window=20, max_position_embeddings=256,
-        rope_parameters=rope, attn_implementation="eager"))
-    config = make_config(
-        num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, norm_eps=1e-5, window=20,
-        window_pattern="LG", rope_scaling="yarn", rope_theta=1000.0, rope_factor=8.0, rope_beta_fast=8.0, rope_original_len=32,
-        rope_truncate=truncate, attention_sinks=True, attention_bias=True, mlp_bias=True, feedforward="moe", num_experts=8,
-        experts_per_token=3, expert_form="clamped_swiglu", router_bias=True, tie_embeddings=False)
-    config.data.isolate_documents = isolate
-    theirs = randomise(theirs, 0.3)
-    return Pair(config, theirs, to_params, backend)
-
-
-@pytest.mark.parametrize("backend", ["plain", "blockwise"])
-def test_logits(backend):
-    pair(backend).check_logits()
-
-
-def test_logits_with_waves_at_whole_places():
-    pair(truncate=True).check_logits()
-
-
-def test_padding():
-    pair().check_padding()
-
-
-def test_packed_documents():
-    pair("blockwise", True).check_packed()
-
-
-def test_decoding():
-    pair().check_decoding()
-
-
-@pytest.mark.parametrize("backend", ["plain", "blockwise"])
-def test_gradients(backend):
-    pair(backend).check_gradients()
-
 
 # ---- Sinks ------------------------------------------------------------------------------------------------------------------
 

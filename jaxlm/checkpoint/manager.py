@@ -7,7 +7,9 @@ Several processes save and restore together, each its own shards. Which steps th
 agree on; process 0 alone makes and moves directories.
 """
 
+import concurrent.futures
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -20,6 +22,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import gather, is_main, share
@@ -31,7 +34,8 @@ class Checkpoints:
     Args:
         keep: newest checkpoints kept; keep_every: also keep each multiple of it (0: none); keep_best: also the one with
             the lowest metrics["loss"].
-        frugal: save with no more host memory than the largest leaf takes, rather than let go of the state at once.
+        frugal: of host memory. Saving takes little beside the state, but keeps it until it is written; reading takes one leaf
+            after the other. Nothing is compressed: of weights that saves a few percent and takes most of the time.
         create: make the directory and own it; False to read a run that may still be training: nothing is moved or removed.
     """
 
@@ -70,8 +74,9 @@ class Checkpoints:
                 cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
                 best_fn=(lambda m: m["loss"]) if self.keep_best else None,  # Orbax stores metrics only where this is set
                 best_mode="min", enable_async_checkpointing=True)
-            handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb,
-                                                                save_device_host_concurrent_gb=self.frugal_gb),
+            handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb, use_ocdbt=False,
+                                                                save_device_host_concurrent_gb=self.frugal_gb,
+                                                                use_compression=False),
                         "meta": ocp.JsonCheckpointHandler()} if self.frugal else None
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
@@ -103,7 +108,7 @@ class Checkpoints:
 
         if step in self.steps():
             return
-        leaves = describe(state, fingerprints(state, one_by_one=self.frugal))
+        leaves = describe(state, fingerprints(state, self.frugal))
         self.frugal_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9  # it must be more than any leaf
         try:
             self.manager.save(step, metrics=metrics and {"loss": float(metrics["loss"])}, args=ocp.args.Composite(
@@ -165,7 +170,8 @@ class Checkpoints:
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             # A process sees only its own shards: one that finds damage speaks for all. The fingerprints come after
             # that, as they are computed by all together.
-            reason = next((r for r in gather(reason, f"reading checkpoint {step}") if r), None) or differing(tree, leaves)
+            reason = next((r for r in gather(reason, f"reading checkpoint {step}") if r), None)
+            reason = reason or differing(tree, leaves, self.frugal)
             if reason:
                 damaged.append((step, reason))
                 continue
@@ -193,10 +199,14 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._check_same_model(step, leaves, describe(abstract), partial)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
-        # The handler itself: Orbax's manager waits for all processes at the end of a restore, also for one that failed.
-        return ocp.PyTreeCheckpointHandler().restore(pathlib.Path(self.directory) / str(step) / "state", args=args)
+
+        def read(abstract, partial):
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
+            # The handler itself: Orbax's manager waits for all processes at the end of a restore, also for one that failed.
+            return ocp.PyTreeCheckpointHandler().restore(pathlib.Path(self.directory) / str(step) / "state", args=args)
+
+        return read_one_by_one(read, abstract) if self.frugal else read(abstract, partial)
 
     def _check_same_model(self, step, saved, wanted, partial):
         problems = [f"{n} is missing" for n in wanted if n not in saved]
@@ -218,9 +228,24 @@ class Checkpoints:
                          "the same command again")
 
 
-def differing(tree, leaves) -> str | None:
+def read_one_by_one(read, abstract):
+    """A tree of nested dicts, each leaf by `read(tree with it alone, partial=True)`. The largest first: what reading takes
+    beside a leaf's own place is then least where the most is there already."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    found = {}
+    gc.freeze()  # what is there already needs no looking at below
+    for i in sorted(range(len(paths)), key=lambda i: -math.prod(paths[i][1].shape)):
+        keys, leaf = paths[i]
+        alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
+        found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
+        gc.collect()  # Orbax's futures hold what they have read in cycles
+    gc.unfreeze()
+    return tree.unflatten(found[i] for i in range(len(paths)))
+
+
+def differing(tree, leaves, frugal: bool = False) -> str | None:
     """The first leaf whose numbers are not those that `leaves` tells of."""
-    for name, value in describe(tree, fingerprints(tree)).items():
+    for name, value in describe(tree, fingerprints(tree, frugal)).items():
         if value["fingerprint"] != leaves[name]["fingerprint"]:
             return f"the numbers of {name} are not those that were saved"
     return None
@@ -242,31 +267,61 @@ def describe(tree, prints=None) -> dict:
     return out
 
 
-def fingerprints(tree, one_by_one: bool = False) -> list[int]:
+def fingerprints(tree, frugal: bool = False) -> list[int]:
     """A uint32 per leaf: the sum of its words, each weighted by an odd number that depends on its place. Integer sums
     do not depend on their order, so every mesh gives the same; one flipped bit always changes it.
 
-    one_by_one: with the work space of one leaf, not of all.
+    frugal: a piece after the other, where otherwise XLA on a CPU takes as much work space as all leaves.
     """
     leaves = jax.tree.leaves(tree)
-    if one_by_one:
-        return [int(_fingerprint([leaf])[0]) for leaf in leaves]
-    return [int(x) for x in jax.device_get(_fingerprint(leaves))]
+    if not frugal:
+        return [int(x) for x in jax.device_get(_fingerprint(leaves))]
+    here = [sum(map(fingerprint_of_shard, leaf.addressable_shards)) for leaf in leaves]
+    return [sum(parts) % 2**32 for parts in zip(*gather(here, "fingerprints"), strict=True)]
 
 
-@functools.partial(jax.jit)
+def _weights(first: int, size: int, axis: int, numpy):
+    """Of the places first ... first + size along an axis."""
+    place = numpy.uint32(first) + numpy.arange(size, dtype=numpy.uint32)
+    return 2 * (place * numpy.uint32(2654435761 >> axis)) + 1
+
+
+def fingerprint_of_shard(shard, piece_bytes: int = 2**20) -> int:
+    """What a shard adds to the fingerprint of its leaf, by NumPy; nothing if it is a copy of another shard."""
+    if shard.replica_id:
+        return 0
+    data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+    starts = [s.start or 0 for s in shard.index]
+    if not data.ndim:
+        return int(_weighted_sum(data))
+    first, *weights = (_weights(*place, np) for place in zip(starts, data.shape, range(data.ndim), strict=True))
+    step = max(1, piece_bytes * len(data) // max(1, data.nbytes))
+
+    def piece(at):
+        words = np.asarray(data[at : at + step])
+        words = words.astype(np.uint8) if words.dtype == bool else words.view(f"u{words.dtype.itemsize}")
+        words = words.astype(np.uint32, copy=False)
+        for weight in reversed(weights):
+            words = words @ weight
+        return int(words @ first[at : at + step])
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(piece, range(0, len(data), step)))
+
+
+@jax.jit
 def _fingerprint(leaves):
-    def one(x):
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = jnp.dtype(x.dtype).itemsize * 8
-        words = jax.lax.bitcast_convert_type(x, {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bits]).astype(jnp.uint32)
-        weight = jnp.uint32(1)
-        for axis, size in enumerate(words.shape):  # mixed radix by broadcasting: no flattening, so shards stay in place
-            shape = [1] * words.ndim
-            shape[axis] = size
-            place = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-            weight = weight * (2 * (place * jnp.uint32(2654435761 >> axis)) + 1)
-        return jnp.sum(words * weight, dtype=jnp.uint32)
+    return [_weighted_sum(x) for x in leaves]
 
-    return [one(x) for x in leaves]
+
+def _weighted_sum(x):
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jnp.dtype(x.dtype).itemsize * 8
+    words = jax.lax.bitcast_convert_type(x, {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bits]).astype(jnp.uint32)
+    weight = jnp.uint32(1)
+    for axis, size in enumerate(words.shape):  # mixed radix by broadcasting: no flattening, so shards stay in place
+        shape = [1] * words.ndim
+        shape[axis] = size
+        weight = weight * _weights(0, size, axis, jnp).reshape(shape)
+    return jnp.sum(words * weight, dtype=jnp.uint32)

@@ -3,6 +3,7 @@
 Host count, worker count and mesh never enter, so resuming is starting at another step.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -12,25 +13,30 @@ import numpy as np
 
 from jaxlm.data.packing import PackedRows, whole
 from jaxlm.data.store import open_store
-from jaxlm.data.tokenizers import ByteTokenizer
+from jaxlm.data.tokenizers import ByteTokenizer, build_tokenizer
 from jaxlm.errors import UserError
 
 
 class Data(NamedTuple):
-    train: Any  # Batches
+    train: Any  # Batches; None without text
     valid: Any  # Batches, or None for synthetic data
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
 
 
-def build_data(config) -> Data:
-    """Raises UserError: missing or unreadable files, a split shorter than a row, a vocabulary too small."""
+def build_data(config, text: bool = True) -> Data:
+    """text: False where the tokenizer is all that is wanted; where it is a file, no text is then looked at.
+
+    Raises UserError: missing or unreadable files, a split shorter than a row, a vocabulary too small."""
     asked, multiple = config.model.vocab_size, config.model.vocab_multiple
     if config.data.source == "synthetic":
         vocab_size = asked or 256
         _ = config.data.tokenizer, multiple  # bytes; nothing to round
         rows = SyntheticRows(vocab_size, config.seq_len, config.seed)
         return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size)
+    if not text and os.path.isfile(config.data.tokenizer):
+        tokenizer = build_tokenizer(config, [])
+        return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple)
     stores, tokenizer = open_store(config)
     problems, tokens = [], stores["train"].num_tokens
     if tokens < (1 + config.data.jitter) * config.seq_len + 1:

@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 
 from jaxlm.data.sources import find_files, read_splits
-from jaxlm.data.tokenizers import build_tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import build_tokenizer, load_tokenizer, settings_beside
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import main_first
 
@@ -61,7 +61,10 @@ def fingerprint(config) -> str:
     digest = hashlib.sha256(json.dumps(settings).encode())
     files = find_files(config, d.path, "data.path")
     files += find_files(config, d.valid_path, "data.valid_path") if d.valid_path else []
-    for file in files + ([d.tokenizer] if os.path.isfile(d.tokenizer) else []):
+    if os.path.isfile(d.tokenizer):
+        digest.update(json.dumps(["first ids", settings_beside(d.tokenizer)]).encode())
+        files.append(d.tokenizer)
+    for file in files:
         with open(file, "rb") as source:
             digest.update(b"\0" + hashlib.file_digest(source, "sha256").digest())
     return digest.hexdigest()[:24]

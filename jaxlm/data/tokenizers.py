@@ -1,5 +1,6 @@
 """Tokenizers: text <-> ids. Each has vocab_size, eos_id (or None), encode, decode and to_json."""
 
+import itertools
 import json
 import pathlib
 
@@ -21,7 +22,17 @@ def build_tokenizer(config, documents: list[str]):
     if not pathlib.Path(name).is_file():
         raise UserError(f"data.tokenizer={name!r}: neither a file nor a tokenizer; "
                         + did_you_mean(name, [*TOKENIZERS, "tokenizer.json (a path)"]))
-    return HuggingFaceTokenizer(pathlib.Path(name).read_text())
+    return HuggingFaceTokenizer(pathlib.Path(name).read_text(), settings_beside(name))
+
+
+def settings_beside(tokenizer_json: str) -> dict:
+    """What tokenizer_config.json of the same folder says of the first token, where there is one."""
+    file = pathlib.Path(tokenizer_json).with_name("tokenizer_config.json")
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        return {key: found[key] for key in ("add_bos_token", "bos_token") if key in found}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); copy it again") from error
 
 
 def load_tokenizer(text: str):
@@ -91,9 +102,13 @@ class CharTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """Any tokenizer.json, through the `tokenizers` library."""
+    """Any tokenizer.json, through the `tokenizers` library.
 
-    def __init__(self, state: str):
+    A text begins with the ids that the model was trained to see there (<s>, <bos>): those that the file's post-processor puts
+    first, unless add_bos_token of tokenizer_config.json (`settings`) says otherwise. What ends a document is the store's.
+    """
+
+    def __init__(self, state: str, settings: dict | None = None):
         import tokenizers
 
         try:
@@ -103,9 +118,25 @@ class HuggingFaceTokenizer:
         self.vocab_size = self.inner.get_vocab_size()
         ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
+        self.inner.no_padding()
+        self.inner.no_truncation()  # a document is as long as it is
+        if settings and "add_bos_token" in settings and settings["add_bos_token"] is not None:
+            self.set_bos(**settings)
+        probe = self.inner.encode("a")
+        self.first = [i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(probe.ids, probe.special_tokens_mask,
+                                                                                  strict=True))]
+
+    def set_bos(self, add_bos_token: bool, bos_token: str | dict | None = None) -> None:
+        from tokenizers import processors
+
+        bos = bos_token["content"] if isinstance(bos_token, dict) else bos_token
+        if not add_bos_token:
+            self.inner.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        elif bos is not None and (bos_id := self.inner.token_to_id(bos)) is not None:
+            self.inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self.inner.encode(text, add_special_tokens=False).ids
+        ids = self.first + self.inner.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.uint32 if self.vocab_size > 2**16 else np.uint16)
 
     def decode(self, ids) -> str:

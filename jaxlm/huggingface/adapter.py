@@ -42,16 +42,21 @@ def tensors(family, model, config) -> dict:
             if len(tensor.parts) > 1:
                 raise UserError(f"{module}: {family.model_type} has it in one tensor with others ({tensor.name}), which PEFT "
                                 "adapts as one; merge the adapters instead (without --adapter)")
-            spec, letters = specs[path], [c for c in text.partition("->")[2] if c.isalpha()]
-            inputs, outputs = " ".join(letters[:spec.num_inputs]), " ".join(letters[spec.num_inputs:])
-            layouts = {"lora_a": Layout(f"R ({inputs}) -> {inputs} R", sizes),
-                       "lora_b": Layout(f"({outputs}) R -> R {outputs}", sizes)}
+            spec, letters = specs[path], re.findall(r"\w", text.partition("->")[2])
+            inputs, outputs = letters[: spec.num_inputs], letters[spec.num_inputs :]
+            there = lambda letters, text=text: " ".join(c + "~" * (f"{c}~" in text) for c in letters)
+            layouts = {"lora_a": Layout(f"R ({there(inputs)}) -> {' '.join(inputs)} R", sizes),
+                       "lora_b": Layout(f"({there(outputs)}) R -> R {' '.join(outputs)}", sizes)}
             for index in itertools.product(*(range(n) for n in spec.shape[: spec.num_stacked])):
-                name = PREFIX + family.prefix + tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+                name = PREFIX + ("" if family.is_outside(tensor.name) else family.prefix) + tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
                 for part, layout in layouts.items():
                     letter = part[-1].upper()
                     out[name.removesuffix("weight") + f"lora_{letter}.weight"] = (f"{module}/{part}", index, layout)
     return out
+
+
+def shape_there(layout: Layout) -> tuple[int, ...]:
+    return layout.joined(layout.axes)
 
 
 def module_names(family) -> dict[str, str]:
@@ -92,15 +97,15 @@ def read_adapter(config, model, mesh, family) -> dict:
     found, wanted = read_safetensors(file), tensors(family, model, config)
     problems = [f"{file}: {name} is missing" for name in wanted if name not in found]
     problems += [f"{file}: {name} is unknown" for name in found if name not in wanted]
-    problems += [f"{file}: {name} is {t.shape}, the model asks for {wanted[name][2].there}" for name, t in found.items()
-                 if name in wanted and t.shape != wanted[name][2].there]
+    problems += [f"{file}: {name} is {t.shape}, the model asks for {shape_there(wanted[name][2])}" for name, t in found.items()
+                 if name in wanted and t.shape != shape_there(wanted[name][2])]
     if problems:
         raise UserError(*problems[:20])
     specs = flatten_paths(model.specs)
     arrays = {path: np.empty(specs[path].shape, np.float32) for path, _, _ in wanted.values()}
     for name, (path, index, layout) in wanted.items():
-        there = layout.as_there(arrays[path][index])
-        there[...] = found[name].rows(0, found[name].shape[0]).astype(np.float32).reshape(there.shape)
+        numbers = found[name].rows(0, found[name].shape[0]).astype(np.float32)
+        layout.as_there(arrays[path][index])[layout.places] = numbers.reshape(layout.axes)
     rules, tree = rules_of_parameters(config.mesh.zero_stage), without(model.specs, set(specs) - set(arrays))
     place = lambda path, spec: jax.device_put(arrays[jax.tree_util.keystr(path, simple=True, separator="/")],
                                               sharding_of(mesh, spec.axes, spec.shape, rules))
@@ -117,9 +122,9 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.model.lora_rank,
               "lora_alpha": config.model.lora_alpha, "lora_dropout": 0.0, "target_modules": [here[name] for name in adapted],
               "bias": "none", "inference_mode": True, "fan_in_fan_out": family.model_type == "gpt2"}
-    planned = [Planned(name, np.dtype(np.float32), layout.there,
-                       lambda path=path, index=index, layout=layout: layout.to_there(np.asarray(arrays[path][index], np.float32)))
-               for name, (path, index, layout) in wanted.items()]
+    numbers = lambda path, index, layout: layout.to_there(np.asarray(arrays[path][index], np.float32)).reshape(shape_there(layout))
+    planned = [Planned(name, np.dtype(np.float32), shape_there(place[2]), lambda place=place: numbers(*place))
+               for name, place in wanted.items()]
     target = pathlib.Path(os.path.abspath(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={folder}: is there already; choose another folder, or remove it")

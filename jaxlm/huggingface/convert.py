@@ -15,6 +15,7 @@ from jaxlm.config import fingerprint
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.errors import UserError
 from jaxlm.huggingface.adapter import merge_adapters, save_adapter
+from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.load import is_hugging_face, load_params, open_source
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import parse_json
@@ -39,8 +40,8 @@ def say(text: str) -> None:
 def import_run(folder: str, workdir: str, overrides=()) -> None:
     """Raises UserError: not a checkpoint of a family that jaxlm has, or a work directory that is taken."""
     source = open_source(folder, overrides)
-    if os.path.isdir(workdir) and os.listdir(workdir):
-        raise UserError(f"--workdir={workdir}: is not empty; use another")
+    share(lambda: check_empty(workdir), "empty work directory")
+    folder = source.folder
     config, vocab_size = source.config, source.config.model.vocab_size
     config.data.tokenizer = tokenizer_of(folder, workdir, vocab_size)
     config.data.source = "files" if config.data.tokenizer != "byte" else "synthetic"
@@ -64,6 +65,11 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     say(f"{workdir}: {source.family.model_type}, {model.num_parameters:,} parameters in {config.model.param_dtype} "
         f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak / 1e9:.2f} GB when read, "
         f"{peak_process_bytes() / 1e9:.2f} GB when saved")
+
+
+def check_empty(workdir: str) -> None:
+    if os.path.isdir(workdir) and os.listdir(workdir):
+        raise UserError(f"--workdir={workdir}: is not empty; use another")
 
 
 def tokenizer_of(folder: str, workdir: str, vocab_size: int) -> str:
@@ -91,6 +97,7 @@ def origin(workdir: str) -> pathlib.Path | None:
     seen = set()
     while workdir and workdir not in seen:
         seen.add(workdir)
+        workdir = local_folder(workdir)
         if is_hugging_face(workdir):
             return pathlib.Path(workdir)
         if (kept := pathlib.Path(workdir, "huggingface")).is_dir():
@@ -102,7 +109,7 @@ def origin(workdir: str) -> pathlib.Path | None:
 def export_run(workdir: str, folder: str, overrides=(), family_name: str = "", adapter: bool = False) -> None:
     """The run's whole model, its adapters added to the kernels; adapter: the adapters alone, in PEFT's form. Raises UserError as
     `save` and `save_adapter` do."""
-    run, kept = open_run(workdir, overrides), origin(workdir)
+    run, kept = open_run(workdir, overrides, frugal=True), origin(workdir)
     run.config.model.vocab_size = run.data.vocab_size
     values = parse_json(kept / "config.json") if kept else {}
     if family_name:

@@ -1,6 +1,8 @@
 """Hugging Face -> jaxlm: tensors are streamed from the files straight into arrays on the mesh."""
 
+import concurrent.futures
 import json
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -11,18 +13,20 @@ from ml_collections import ConfigDict
 
 from jaxlm.config import apply_overrides, import_parts, resolve, validate
 from jaxlm.errors import UserError
+from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
-from jaxlm.huggingface.tensors import open_tensors, parse_json
+from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
-from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings
+from jaxlm.train.heap import give_back_freed_memory
+from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 
-PIECE_BYTES = 64 * 2**20  # of a tensor, read at once
+ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own on a CPU; any other it copies
 
 
 class Source(NamedTuple):
     """A Hugging Face folder, opened: nothing but headers has been read."""
 
-    folder: str
+    folder: str  # where it is here, also of one from the Hub
     values: dict  # config.json
     family: Family
     config: ConfigDict  # of jaxlm: defaults, what config.json says, and the overrides
@@ -33,8 +37,9 @@ def open_source(folder: str, overrides=()) -> Source:
     """Raises UserError: no such folder, or a model that jaxlm has not."""
     from configs import default
 
+    folder = local_folder(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint (download it first)")
+        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint, or org/name of the Hub")
     config = default.get_config()
     apply_overrides(config, [o for o in overrides if o.startswith("--config.imports=")])
     if problems := import_parts(config.imports):
@@ -43,8 +48,10 @@ def open_source(folder: str, overrides=()) -> Source:
     family, keys = read_config(values)
     tensors = open_tensors(folder)
     apply(config, keys)
-    narrow = all(t.kind == "BF16" for t in tensors.values())
+    narrow = all(t.kind == "BF16" for name, t in tensors.items() if not family.is_router(name))
     config.model.param_dtype = "bfloat16" if narrow else "float32"
+    if (file := pathlib.Path(folder, "tokenizer.json")).is_file():
+        config.data.tokenizer = str(file)
     config.lock()
     apply_overrides(config, overrides)
     resolve(config)
@@ -61,20 +68,24 @@ def is_hugging_face(folder: str) -> bool:
         return False
 
 
-def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=frozenset()) -> Any:
+def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=frozenset(), instead_of: Any = None) -> Any:
     """The parameters, each born on its devices. In host memory there is at most one of them, all its layers together, beside
-    those that are done.
+    those that are done: none, where they stay in host memory.
 
+    instead_of: parameters of the same tree, each of which is deleted before its successor is read.
     Raises UserError: tensors that are missing, unknown or misshapen, all by name.
     """
     specs = flatten_paths(model.specs)
+    old = flatten_paths(instead_of or {})
     vocab_size = vocab_size or specs["embedding"].shape[0]
     places = places_of(source.family, specs, source.config, vocab_size)
-    found = match_names(source.family, tensors_of(places, specs), source.tensors, source.config.model.tie_embeddings, spare)
+    found = match_names(source.family, tensors_of(places, specs), source.tensors, spare)
     shardings = flatten_paths(parameter_shardings(mesh, model, source.config.mesh.zero_stage))
 
-    def load(path, spec):
-        pieces = {}  # a piece that several devices hold is read once
+    def load(path):
+        spec, pieces = specs[path], {}  # a piece that several devices hold is read once
+        if path in old:
+            old[path].delete()
 
         def piece(index):
             key = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
@@ -85,38 +96,58 @@ def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=f
         array = jax.make_array_from_callback(spec.shape, shardings[path], piece)
         return jax.block_until_ready(array)
 
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model.specs, is_leaf=is_spec)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return tree.unflatten([load(name(path), spec) for path, spec in leaves])
+    # The largest first: what a parameter takes beside its own place is then least where the most is there already.
+    loaded = {path: load(path) for path in sorted(specs, key=lambda path: -size_of(specs[path]))}
+    return jax.tree.structure(model.specs, is_leaf=is_spec).unflatten(loaded[path] for path in specs)
 
 
 def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray:
     """The part `index` of a parameter, from one tensor for each layer (and expert)."""
-    n = spec.num_stacked
+    n = place.num_named
     ranges = [range(*s.indices(size)) for s, size in zip(index, spec.shape, strict=True)]
-    out = np.empty([len(r) for r in ranges], spec.dtype)
+    out = empty([len(r) for r in ranges], np.dtype(spec.dtype))
     inner = tuple(slice(r.start, r.stop) for r in ranges[n:])
     whole = all(len(r) == size for r, size in zip(ranges[n:], spec.shape[n:], strict=True))
-    for at in np.ndindex(*out.shape[:n]):
+
+    def read(at):
         tensor = found[place.name_of(tuple(r[i] for r, i in zip(ranges, at, strict=False)))]
         here = out[at] if whole else np.empty(spec.shape[n:], spec.dtype)
         fill(place, tensor, here)
         if not whole:
             out[at] = here[inner]
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(read, np.ndindex(*out.shape[:n])):
+            pass  # an error of a thread comes out here
+    give_back_freed_memory()
     return out
+
+
+def empty(shape, dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA takes as it is, rather than to copy it."""
+    count = math.prod(shape) * dtype.itemsize
+    memory = np.empty(count + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + count].view(dtype).reshape(shape)
 
 
 def fill(place, tensor, here: np.ndarray) -> None:
     """One tensor (or the part of it that `place` tells) -> a parameter of one layer, a piece at a time."""
     there = place.layout.as_there(here)  # a view, whose first axes may be several that are one in the tensor
-    rows, columns = (place.start, place.stop), slice(None)
-    if place.axis == 1:
-        rows, columns = (0, tensor.shape[0]), slice(place.start, place.stop)
-    unit = int(np.prod(there.shape[1:])) * tensor.dtype.itemsize if there.ndim else 1
-    inner = (rows[1] - rows[0]) // there.shape[0]  # rows of the tensor in one step along the first axis
-    step = max(1, PIECE_BYTES // max(1, unit))
+    inner = tensor.shape[0] // place.whole[0]  # rows of the tensor in one step along the first axis
+    skipped = place.start if place.axis == 0 else 0
+    first_places, *others = places = place.layout.places
+    as_it_is = there.flags.c_contiguous and all(isinstance(p, slice) for p in places)
+    if as_it_is and place.axis == 0 and tensor.dtype == here.dtype:
+        tensor.read_into(there, skipped * inner)
+        return
+    step = max(1, PIECE_BYTES // max(1, math.prod(place.whole[1:]) * tensor.dtype.itemsize))
     for first in range(0, there.shape[0], step):
         last = min(first + step, there.shape[0])
-        piece = tensor.rows(rows[0] + first * inner, rows[0] + last * inner)
-        piece = piece[:, columns] if place.axis == 1 else piece
-        there[first:last] = piece.reshape(there[first:last].shape).astype(here.dtype, copy=False)
+        piece = tensor.rows((skipped + first) * inner, (skipped + last) * inner).reshape(-1, *place.whole[1:])
+        piece = piece if place.axis == 0 else piece[place.slices]
+        at = slice(first, last) if isinstance(first_places, slice) else first_places[first:last]
+        if piece.dtype == here.dtype:
+            as_bits(there)[at, *others] = as_bits(piece)
+        else:
+            there[at, *others] = piece

@@ -8,23 +8,35 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
+from jaxlm.huggingface.tensors import as_bits
 from jaxlm.models.families.family import Family
-
-HEAD = "lm_head.weight"
 
 
 class Place(NamedTuple):
-    """Where in the checkpoint a parameter lies: rows [start, stop) along `axis` of the tensor `name`, one for each layer and
-    expert."""
+    """Where in the checkpoint a parameter lies: places [start, stop) along `axis` of the tensor `name`, whose axes are `whole`;
+    one tensor for each layer and expert that the name tells."""
 
     name: str  # with {layer} and {expert}
+    first_layer: int
     axis: int
     start: int
     stop: int
+    whole: tuple[int, ...]
     layout: Layout
 
+    @property
+    def num_named(self) -> int:
+        """Leading axes of the parameter that the name tells."""
+        return self.name.count("{")
+
     def name_of(self, index: tuple[int, ...]) -> str:
+        index = (index[0] + self.first_layer, *index[1:]) if index else ()
         return self.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Of the tensor, its axes not joined."""
+        return (*[slice(None)] * self.axis, slice(self.start, self.stop))
 
 
 class Tensor(NamedTuple):
@@ -33,22 +45,33 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     parts: list
 
+    def join(self, numbers) -> np.ndarray:
+        """What it holds, its axes not joined; a view, where it is one parameter in the same order. numbers: (path, index) ->
+        those of a parameter."""
+        parts = [place.layout.to_there(numbers(path, index)) for path, index, place in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([as_bits(part) for part in parts], self.parts[0][2].axis).view(parts[0].dtype)
+
+
 
 def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str, Place]:
     """{parameter's path: Place}. specs: {path: ParamSpec}. Raises UserError: parameters that the family has not."""
     sizes, places = sizes_of(config, vocab_size), {}
     for tensor in family.tensors:
-        start = 0
-        for path, text in tensor.parts:
-            if path not in specs:
-                continue
-            layout = Layout(text, sizes)
-            stop = start + layout.there[tensor.axis]
-            prefix = "" if tensor.name == HEAD else family.prefix
-            places[path] = Place(prefix + tensor.name, tensor.axis, start, stop, layout)
-            start = stop
-            if layout.here != specs[path].shape[specs[path].num_stacked:]:
-                raise UserError(f"{path}: is {specs[path].shape} here, {family.model_type} has {layout.here}")
+        if tensor.beside and tensor.beside not in specs:
+            continue
+        parts = [(path, Layout(text, sizes)) for path, text in tensor.parts if path in specs]
+        ends = list(itertools.accumulate(layout.axes[tensor.axis] for _, layout in parts))
+        name = tensor.name if family.is_outside(tensor.name) else family.prefix + tensor.name
+        for (path, layout), stop in zip(parts, ends, strict=True):
+            start, whole = stop - layout.axes[tensor.axis], list(layout.axes)
+            whole[tensor.axis] = ends[-1]
+            first = config.model.first_dense_layers if path.startswith("layers/") else 0
+            places[path] = Place(name, first, tensor.axis, start, stop, tuple(whole), layout)
+    for path, place in places.items():
+        if place.layout.here != specs[path].shape[place.num_named:]:
+            raise UserError(f"{path}: is {specs[path].shape} here, {family.model_type} has {place.layout.here}")
     if missing := [path for path in specs if path not in places]:
         raise UserError(*(f"{path}: {family.model_type} has no such parameter" for path in missing))
     return places
@@ -58,23 +81,25 @@ def tensors_of(places: dict[str, Place], specs: dict) -> dict[str, Tensor]:
     """{name: Tensor}: what a checkpoint of this model holds, layer by layer."""
     out = {}
     for path, place in places.items():
-        for index in itertools.product(*(range(n) for n in specs[path].shape[: specs[path].num_stacked])):
-            shape = list(place.layout.there)
-            name = place.name_of(index)
-            if name in out:
-                shape[place.axis] += out[name].shape[place.axis]
-            out[name] = Tensor(tuple(shape), [*(out[name].parts if name in out else []), (path, index, place)])
+        shape = place.layout.joined(place.whole)
+        for index in itertools.product(*(range(n) for n in specs[path].shape[: place.num_named])):
+            out.setdefault(place.name_of(index), Tensor(shape, [])).parts.append((path, index, place))
     return out
 
 
-def match_names(family: Family, wanted: dict[str, Tensor], found: dict, tied: bool, spare=frozenset()) -> dict:
+def match_names(family: Family, wanted: dict[str, Tensor], found: dict, spare=frozenset()) -> dict:
     """{our name: tensor} of a checkpoint. Raises UserError: every tensor that is missing, unknown, misshapen or of a type that is
     not read, by its name."""
+    for old, new in family.older:
+        found = {re.sub(old, new, name): tensor for name, tensor in found.items()}
     bare = family.prefix if not any(name.startswith(family.prefix) for name in found) else ""
-    found = {name if name == HEAD else bare + name: tensor for name, tensor in found.items()}
-    found = {name: t for name, t in found.items() if not re.fullmatch(re.escape(family.prefix) + f"({family.buffers})", name)}
-    if tied and HEAD in found and HEAD not in spare:
-        check_tied(found.pop(HEAD), found, next(name for name, t in wanted.items() if t.parts[0][0] == "embedding"))
+    found = {name if family.is_outside(name) else bare + name: tensor for name, tensor in found.items()}
+    left_out = re.compile(f"({re.escape(family.prefix)})?({family.left_out})")
+    found = {name: t for name, t in found.items() if name in wanted or not left_out.fullmatch(name)}
+    names = {t.parts[0][0]: name for name, t in wanted.items()}
+    for copy, path in family.copies.items():
+        if copy in found and copy not in wanted and copy not in spare and path in names:
+            check_copy(copy, found.pop(copy), names[path], found)
     problems = [f"{name}: is missing from the checkpoint" for name in wanted if name not in found]
     problems += [f"{name}: is in the checkpoint, and this {family.model_type} has no such tensor"
                  for name in found if name not in wanted and name not in spare]
@@ -88,9 +113,10 @@ def match_names(family: Family, wanted: dict[str, Tensor], found: dict, tied: bo
     return found
 
 
-def check_tied(head, found: dict, embedding: str) -> None:
-    """A head beside tie_word_embeddings must be the embedding: transformers would not look at it."""
-    same_rows = lambda *rows: np.array_equal(head.rows(*rows), found[embedding].rows(*rows))
-    if embedding not in found or head.shape != found[embedding].shape or not all(
-            same_rows(i, min(i + 1024, head.shape[0])) for i in range(0, head.shape[0], 1024)):
-        raise UserError(f"{HEAD}: differs from {embedding}, though config.json says tie_word_embeddings; set that to false")
+def check_copy(name: str, copy, of: str, found: dict) -> None:
+    """A tensor that is one parameter with another must be equal to it: transformers would not look at it."""
+    same_rows = lambda *rows: np.array_equal(copy.rows(*rows), found[of].rows(*rows))
+    if of not in found or copy.shape != found[of].shape or not all(
+            same_rows(i, min(i + 1024, copy.shape[0])) for i in range(0, copy.shape[0], 1024)):
+        raise UserError(f"{name}: differs from {of}, to which config.json ties it; for a head of its own, set "
+                        "tie_word_embeddings to false there")

@@ -1,43 +1,48 @@
 """jaxlm -> Hugging Face: a whole folder, read again and compared with the live model before it gets its name."""
 
+import functools
+import math
 import os
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.config import layer_period
 from jaxlm.errors import UserError
 from jaxlm.huggingface.load import load_params, open_source
 from jaxlm.huggingface.mapping import places_of, tensors_of
-from jaxlm.huggingface.tensors import Planned, write_shards
+from jaxlm.huggingface.tensors import THREADS, Planned, write_shards
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.families.family import NOT_ARCHITECTURE, Family, write_config
 from jaxlm.parallel import target
 from jaxlm.parallel.compile import jit
-from jaxlm.parallel.distributed import num_processes
+from jaxlm.parallel.distributed import gather, is_main, num_processes, share
+from jaxlm.parallel.rules import BATCH, replicated
+from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.rundir import write_json
 from jaxlm.train.state import build_model, flatten_paths
 
 SHARD_BYTES = 5 * 10**9
-CHECKED_TOKENS = 256
+CHECKED_TOKENS = 64
 TOLERANCE = 1e-5  # of the largest logit
+HEADS = {"pooled": "pooler", "classes": "classifier"}  # method of an encoder: the part that it needs
 
 
 def save(folder: str, family: Family, config, model, params, mesh, extras: dict, files: dict[str, str | bytes],
          shard_bytes: int = SHARD_BYTES) -> float:
     """Write `folder`, which must not be there yet or be empty. -> the largest difference of its logits from the live model's.
 
+    `params` are deleted: those that are read again take their place. All processes call it; the first one writes.
     extras: fields of config.json beside those of the architecture. files: {name: contents}, such as the tokenizer's.
     Raises UserError: the family has no such model, the disk is full, the folder is taken, or what was written is not the model;
     then nothing is left under that name.
     """
-    if num_processes() > 1:
-        raise UserError("--to: writing a Hugging Face folder is the work of one process; run it in one")
     target_folder = pathlib.Path(os.path.abspath(folder))
-    if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
-        raise UserError(f"--to={folder}: is there already; choose another folder, or remove it")
+    share(lambda: check_free(folder, target_folder), "free folder")
     values = write_config(family, config)
     longest = "max_position_embeddings"
     if longest in values and longest in extras:
@@ -46,36 +51,50 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
     specs, arrays = flatten_paths(model.specs), flatten_paths(params)
     places = places_of(family, specs, config, specs["embedding"].shape[0])
     types = {path: type_there(array, config.model.param_dtype) for path, array in arrays.items()}
+    everywhere = jit(mesh, lambda array, index: array[index], out_shardings=replicated(mesh))
 
-    def make(tensor):
-        def array():
-            parts = [place.layout.to_there(np.asarray(arrays[path][index])) for path, index, place in tensor.parts]
-            axis = tensor.parts[0][2].axis
-            return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis)).astype(types[tensor.parts[0][0]], copy=False)
+    def in_host_memory(array, index):
+        if array.is_fully_addressable and len(array.addressable_shards) == 1 and jax.default_backend() == "cpu":
+            return np.asarray(array)[index]  # a view
+        return np.asarray(everywhere(array, index).addressable_data(0))
 
-        return array
-
-    planned = [Planned(name, types[t.parts[0][0]], t.shape, make(t)) for name, t in tensors_of(places, specs).items()]
-    temporary = target_folder.with_name(f".{target_folder.name}.tmp{os.getpid()}")
+    numbers = lambda path, index: in_host_memory(arrays[path], index)
+    planned = [Planned(name, types[t.parts[0][0]], t.shape, functools.partial(t.join, numbers))
+               for name, t in tensors_of(places, specs).items()]
+    temporary = target_folder.with_name(f".{target_folder.name}.tmp{share(os.getpid, 'process id')}")
     try:
-        temporary.mkdir(parents=True)
-        need, free = sum(t.bytes for t in planned), shutil.disk_usage(temporary).free
-        if free < need:
-            raise UserError(f"--to={folder}: takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space or choose "
-                            "another place")
-        write_shards(temporary, planned, shard_bytes)
-        for name, contents in files.items():
-            (temporary / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        write_json(temporary / "config.json", values)
-        difference = compare(str(temporary), config, model, params, mesh)
-        if target_folder.exists():
-            target_folder.rmdir()
-        temporary.rename(target_folder)
+        if is_main():
+            temporary.mkdir(parents=True)
+            need, free = sum(t.bytes for t in planned), shutil.disk_usage(temporary).free
+            if free < need:
+                raise UserError(f"--to={folder}: takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space or "
+                                "choose another place")
+            # Several processes send each other the tensors, all in the same order.
+            write_shards(temporary, planned, shard_bytes, threads=1 if num_processes() > 1 else THREADS)
+            for name, contents in files.items():
+                (temporary / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+            write_json(temporary / "config.json", values)
+        else:
+            for tensor in planned:
+                tensor.make()
+        gather(None, "written")
+        difference = compare(str(temporary), config, params, mesh)
+        gather(None, "compared")
+        if is_main():
+            if target_folder.exists():
+                target_folder.rmdir()
+            temporary.rename(target_folder)
     except OSError as error:
         raise UserError(f"--to={folder}: writing failed ({error.strerror}); free space or choose another place") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
     return difference
+
+
+def check_free(folder: str, target_folder: pathlib.Path) -> None:
+    if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
+        raise UserError(f"--to={folder}: is there already; choose another folder, or remove it")
 
 
 def type_there(array, param_dtype: str):
@@ -85,33 +104,50 @@ def type_there(array, param_dtype: str):
     return wanted if exact else array.dtype
 
 
-def compare(folder: str, config, model, params, mesh) -> float:
+def compare(folder: str, config, params, mesh) -> float:
     """The largest difference between the logits of `folder`, read as anybody's, and the live model's. Raises UserError: it is
     more than rounding."""
     again = open_source(folder)
-    for key in ("compute_dtype", "param_dtype", "scan_layers"):
+    for key in ("compute_dtype", "param_dtype"):
         again.config.model[key] = config.model[key]
     again.config.seq_len = max(again.config.seq_len, config.seq_len)  # which longrope looks at
-    vocab_size = flatten_paths(model.specs)["embedding"].shape[0]
-    other = build_model(again.config, vocab_size, choose_backend(again.config, target.platform())[0])
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, min(CHECKED_TOKENS, config.seq_len))).astype(np.int32)
+    vocab_size = flatten_paths(params)["embedding"].shape[0]
+    live, other = (model_to_compare(c, vocab_size) for c in (config, again.config))
+    shape = math.prod(mesh.shape[axis] for axis in BATCH), min(CHECKED_TOKENS, config.seq_len)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
 
-    def logits(model, params):
-        def run(params, tokens):
+    def program(model):
+        def answers(params, tokens):
             module = nnx.merge(model.graph, params)
-            return module.logits(module.hidden(tokens)[0])
+            about = {"memory": module.encode(tokens)} if hasattr(module, "encode") else {}
+            x_BTD = module.hidden(tokens, **about)[0]
+            heads = [getattr(module, head) for head, part in HEADS.items() if hasattr(module, part)]
+            return [head(x_BTD) for head in (module.logits, *heads)]
 
-        return np.asarray(jit(mesh, run)(params, tokens))
+        compiled = jit(mesh, answers, out_shardings=replicated(mesh))
+        return lambda params: [np.asarray(answer.addressable_data(0)) for answer in compiled(params, tokens)]
 
-    mine = logits(model, params)
-    theirs = logits(other, load_params(again, other, mesh))
-    difference = float(np.abs(mine - theirs).max())
-    if not np.isfinite(mine).all():
-        raise UserError("the model's own logits are not finite; nothing was published")
-    if not difference <= TOLERANCE * float(np.abs(mine).max()):
-        raise UserError(f"the written folder's logits differ from the model's by {difference:.2e}; nothing was published. "
-                        "This is a defect of the family's table: please report it")
-    return difference
+    answers_of_live = program(live)
+    answers_of_other = answers_of_live if other.graph == live.graph else program(other)
+    mine = answers_of_live(params)
+    give_back_freed_memory()
+    differences = [0.0]
+    for ours, theirs in zip(mine, answers_of_other(load_params(again, other, mesh, instead_of=params)), strict=True):
+        differences.append(float(np.abs(ours - theirs).max()))
+        if not np.isfinite(ours).all():
+            raise UserError("the model's own logits are not finite; nothing was published")
+        if not differences[-1] <= TOLERANCE * float(np.abs(ours).max()):
+            raise UserError(f"the written folder's logits differ from the model's by {differences[-1]:.2e}; nothing was "
+                            "published. This is a defect of the family's table: please report it")
+    return max(differences)
+
+
+def model_to_compare(config, vocab_size: int):
+    """Its layers in a loop, if they can be: XLA on a CPU may hold work space for all unrolled ones at once."""
+    config = config.copy_and_resolve_references()
+    m = config.model
+    m.scan_layers = (m.num_layers - m.first_dense_layers) % layer_period(m) == 0
+    return build_model(config, vocab_size, choose_backend(config, target.platform())[0])
 
 
 def config_extras(values: dict) -> dict:

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face folder, read a piece at a time: safetensors, alone or in shards with an index, or PyTorch's .bin
 with its weights-only loader. No pickle is executed."""
 
+import concurrent.futures
 import json
 import math
 import os
@@ -15,6 +16,13 @@ from jaxlm.errors import UserError
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 LONGEST_HEADER = 100_000_000
+PIECE_BYTES = 2 * 2**20  # of a tensor, brought into another order of axes at once
+THREADS = 2  # that read or write tensors: one waits for the disk, one changes the order of axes
+
+
+def as_bits(array: np.ndarray) -> np.ndarray:
+    """A view of unsigned integers: NumPy moves bfloat16 one number at a time."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 class SafeTensor(NamedTuple):
@@ -31,8 +39,13 @@ class SafeTensor(NamedTuple):
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Of its first axis."""
-        shape = (stop - start, *self.shape[1:])
-        each, out = math.prod(self.shape[1:]) * self.dtype.itemsize, np.empty(shape, self.dtype)
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Of its first axis from `start` on, as much as `out` holds, a contiguous array of any shape."""
+        each = math.prod(self.shape[1:]) * self.dtype.itemsize
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.begin + start * each)
             view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
@@ -40,7 +53,6 @@ class SafeTensor(NamedTuple):
                 if not (count := file.readinto(view[done:])):
                     raise UserError(f"{self.file}: ends too soon; copy it again")
                 done += count
-        return out
 
 
 class TorchTensor(NamedTuple):
@@ -68,6 +80,10 @@ class TorchTensor(NamedTuple):
         if self.kind == "BF16":
             return rows.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return rows.numpy()
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        count = out.size // max(1, math.prod(self.shape[1:]))
+        out[...] = self.rows(start, start + count).reshape(out.shape)
 
 
 def open_tensors(folder: str) -> dict:
@@ -155,15 +171,16 @@ class Planned(NamedTuple):
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    make: object  # () -> np.ndarray
+    make: object  # () -> np.ndarray of this many numbers in this order; its axes may be cut up, its type another
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int) -> None:
-    """model.safetensors, or shards of at most `shard_bytes` and their index. One tensor at a time is in memory."""
+def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int, threads: int = THREADS) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` and their index. One thread makes them in the order of
+    `planned`."""
     shards = [[]]
     for tensor in planned:
         if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
@@ -172,14 +189,14 @@ def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int)
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard)
+        write_file(folder / name, shard, threads)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.bytes for t in planned)},
                  "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: pathlib.Path, shard: list[Planned]) -> None:
+def write_file(path: pathlib.Path, shard: list[Planned], threads: int) -> None:
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for t in shard:
@@ -187,9 +204,20 @@ def write_file(path: pathlib.Path, shard: list[Planned]) -> None:
         end += t.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
-        for t in shard:
-            file.write(np.ascontiguousarray(t.make()).reshape(-1).view(np.uint8).data)
         file.flush()
+
+        def write(t):
+            array, place = t.make(), 8 + len(text) + header[t.name]["data_offsets"][0]
+            step = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
+            for at in range(0, len(array), step):
+                piece = np.ascontiguousarray(as_bits(array[at : at + step].astype(t.dtype, copy=False)))
+                numbers = memoryview(piece.reshape(-1).view(np.uint8))
+                while numbers:
+                    done = os.pwrite(file.fileno(), numbers, place)
+                    numbers, place = numbers[done:], place + done
+
+        for _ in pool.map(write, shard):
+            pass  # an error of a thread comes out here
         os.fsync(file.fileno())

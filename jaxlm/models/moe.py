@@ -72,7 +72,7 @@ class Router(nnx.Module):
         self.kernel = parameter(rngs, (m.embed_dim, m.num_experts), ("embed", None), inits.hidden(m.embed_dim), num_inputs=1)
         if m.router_bias:
             self.logit_bias = parameter(rngs, (m.num_experts,), (None,), constant(0.0))
-        if m.bias_update_rate:
+        if m.router_choice_bias or m.bias_update_rate:
             self.bias = parameter(rngs, (m.num_experts,), (None,), constant(0.0))
 
     def __call__(self, x_BTD, live_BT):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
@@ -17,7 +18,7 @@ from jaxlm.models.remat import check_remat, rematerialise
 from jaxlm.parallel import target
 from jaxlm.parallel.context import zigzag, zigzag_order
 from jaxlm.parallel.pipeline import run_pipeline
-from jaxlm.parallel.rules import constrain, mesh_size
+from jaxlm.parallel.rules import constrain, mesh_size, on_a_mesh
 from jaxlm.registry import Registry
 
 FAMILIES = Registry("model family", key="model.family")
@@ -175,7 +176,7 @@ class Transformer(nnx.Module):
             return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
-        xs = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), xs)
+        xs = jax.tree.map(lambda a: row_major(a.reshape(-1, period, *a.shape[1:])), xs)
         (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs, unroll=self.scan_unroll)
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
@@ -215,6 +216,14 @@ def unstack(tree, length: int) -> list:
     leaves, structure = jax.tree.flatten(tree)
     columns = [[part[0] for part in jax.lax.split(leaf, [1] * length)] for leaf in leaves]
     return [structure.unflatten(layer) for layer in zip(*columns, strict=True)]
+
+
+def row_major(x):
+    """As it is, for XLA on a CPU, which of itself may copy all layers to give a short axis another place in memory. On a mesh,
+    saying so would gather them."""
+    if target.platform() != "cpu" or on_a_mesh():
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def softcap(x, cap: float):

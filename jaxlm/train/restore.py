@@ -1,4 +1,4 @@
-"""A finished or running run, opened for use: its config, model and newest parameters."""
+"""A finished or running run, or Hugging Face weights, opened for use: config, model and newest parameters."""
 
 import json
 import os
@@ -58,31 +58,61 @@ def mesh_here(config, vocab_size: int, overrides=()):
     return build_mesh(config, devices, choose_axes(config, vocab_size, devices)[0] if config.mesh.auto else None)
 
 
-def open_run(workdir: str, overrides=()) -> Run:
-    """The run as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit the
-    devices that there are, one that does."""
+def open_run(workdir: str, overrides=(), frugal: bool = False, text: bool = True) -> Run:
+    """What `workdir` or, where that is empty, --config.model.from_pretrained among `overrides` names, a jaxlm run or Hugging
+    Face weights, as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit
+    the devices that there are, one that does. Nothing is written.
+
+    frugal, text: as `Checkpoints` and `build_data` have them. Raises UserError.
+    """
+    key = "--config.model.from_pretrained="
+    if not workdir:
+        names = [o.removeprefix(key) for o in overrides if o.startswith(key)]
+        if not names:
+            raise UserError(f"give --workdir=DIR of a run, or {key}DIR of a run or of Hugging Face weights")
+        overrides = [o for o in overrides if not o.startswith(key)]
+        if not os.path.isdir(os.path.join(names[-1], "checkpoints")):
+            return open_hugging_face(names[-1], overrides, text)
+        workdir = names[-1]
     config = config_of_run(workdir, overrides)
     import jax
 
     from jaxlm.checkpoint.manager import Checkpoints
-    from jaxlm.data.loader import build_data
-    from jaxlm.kernels.attention import choose_backend
-    from jaxlm.parallel import target
-    from jaxlm.train.state import build_model, is_spec, parameter_shardings
+    from jaxlm.train.state import is_spec, parameter_shardings
 
-    data = build_data(config)
-    backend, _ = choose_backend(config, target.platform())
-    model = build_model(config, data.vocab_size, backend)
-    mesh = mesh_here(config, data.vocab_size, overrides)
+    data, model, mesh = build_here(config, overrides, text)
     abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.specs,
                             parameter_shardings(mesh, model, config.mesh.zero_stage), is_leaf=is_spec)
     directory = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(directory):
         raise UserError(f"--workdir={workdir}: no checkpoints there yet; train first")
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False)
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False, frugal=frugal)
     if checkpoints.latest() is None:
         raise UserError(f"--workdir={workdir}: no checkpoint there yet; train first")
     params = checkpoints.restore_params(abstract, name="ema" if config.optimizer.ema_decay else "params")
     step = checkpoints.latest()
     checkpoints.close()
     return Run(config, model, params, data, mesh, step)
+
+
+def open_hugging_face(name: str, overrides, text: bool) -> Run:
+    from jaxlm.huggingface.load import load_params, open_source
+
+    source = open_source(name, overrides)
+    if not os.path.isfile(source.config.data.tokenizer) and not any(o.startswith("--config.data.tokenizer=") for o in overrides):
+        raise UserError(f"{name}: has no tokenizer.json, so nothing tells how text is cut; put it there, or give "
+                        "--config.data.tokenizer")
+    data, model, mesh = build_here(source.config, overrides, text)
+    return Run(source.config, model, load_params(source, model, mesh), data, mesh, 0)
+
+
+def build_here(config, overrides, text: bool):
+    """-> (data, model, mesh)"""
+    from jaxlm.data.loader import build_data
+    from jaxlm.kernels.attention import choose_backend
+    from jaxlm.parallel import target
+    from jaxlm.train.state import build_model
+
+    data = build_data(config, text)
+    model = build_model(config, data.vocab_size, choose_backend(config, target.platform())[0])
+    return data, model, mesh_here(config, data.vocab_size, overrides)

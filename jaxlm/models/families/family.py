@@ -6,7 +6,9 @@ here: `jaxlm.config` reads families before JAX starts.
 
 import json
 import pathlib
+import re
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError
@@ -16,11 +18,13 @@ MODEL_TYPES = Registry("Hugging Face family", key="config.json: model_type")
 
 # Fields that do not change what the model computes when it reads a text: how it was made, trained, saved or is sampled from.
 NOT_ARCHITECTURE = frozenset("""
-    _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation dtype embd_pdrop
-    eos_token_id id2label initializer_range label2id model_type n_ctx output_attentions output_hidden_states
-    output_router_logits pad_token_id problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split())
+    _name_or_path architectures attention_dropout attention_probs_dropout_prob attn_pdrop auto_map bos_token_id
+    cache_implementation classifier_dropout decoder_start_token_id dropout_rate dtype embd_pdrop eos_token_id
+    gradient_checkpointing hidden_dropout_prob id2label initializer_factor initializer_range label2id model_type n_ctx
+    output_attentions output_hidden_states output_router_logits pad_token_id problem_type resid_pdrop return_dict
+    router_aux_loss_coef router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id
+    use_cache""".split())
 
 # jaxlm keys that do not change what the model computes when it reads a text; a family says nothing of them.
 NOT_SAID = frozenset("""
@@ -45,7 +49,8 @@ class Tensor(NamedTuple):
 
     name: str  # without Family.prefix; {layer} and {expert} where there is one for each
     parts: tuple[tuple[str, str], ...]  # (parameter's path, layout): "(N H) D -> D N H" is its axes there -> here
-    axis: int = 0
+    axis: int = 0  # of those in the layout, each by itself
+    beside: str = ""  # a parameter without which there is no such tensor; with it, this comes before what was said above
 
 
 class Family(NamedTuple):
@@ -53,8 +58,19 @@ class Family(NamedTuple):
     architecture: str  # class of transformers
     parts: tuple[Part, ...]
     tensors: tuple[Tensor, ...]  # those whose parameters the model has not are not in the checkpoint
-    prefix: str = "model."  # of names, but for the head's; a checkpoint of the bare model leaves it out
-    buffers: str = r".*\.rotary_emb\.inv_freq"  # tensors that hold no parameters; older checkpoints have them
+    prefix: str = "model."  # of names, but for those of `outside`; a checkpoint of the bare model leaves it out
+    outside: str = r"lm_head\..*"
+    left_out: str = r".*\.rotary_emb\.inv_freq"  # tensors that checkpoints may have and transformers does not look at either
+    copies: dict = MappingProxyType({"lm_head.weight": "embedding"})  # tensors that are parameters of another name, if tied
+    older: tuple[tuple[str, str], ...] = ()  # what names were in older checkpoints: (regex, what it is now)
+
+    def is_outside(self, name: str) -> bool:
+        return re.fullmatch(self.outside, name) is not None
+
+    def is_router(self, name: str) -> bool:
+        """Whether a tensor is float32 here, however the model is stored."""
+        names = [tensor.name for tensor in self.tensors if "/router/" in tensor.parts[0][0]]
+        return any(name.endswith(ending.rpartition("}")[2]) for ending in names)
 
 
 def register(family: Family) -> Family:
@@ -147,9 +163,10 @@ def read_config(values: dict) -> tuple[Family, dict]:
     family, fields, keys = MODEL_TYPES[values["model_type"]], Fields(values), {}
     for part in family.parts:
         keys.update(part.read(fields))
+    remedy = {"quantization_config": "quantised weights are not read; give the same checkpoint in bfloat16"}
     problems = fields.problems + [
-        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; if it says nothing of the model, "
-        "take it out"
+        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; "
+        + (remedy[name] if name in remedy else "if it says nothing of the model, take it out")
         for name, value in values.items() if name not in fields.taken and value is not None]
     if problems:
         raise UserError(*problems)

@@ -38,4 +38,4 @@ GPT2 = register(Family("gpt2", "GPT2LMHeadModel", (
     one("h.{layer}.mlp.c_fc.bias", "layers/feedforward/up/bias", "F -> F"),
     one("h.{layer}.mlp.c_proj.weight", "layers/feedforward/down/kernel", "F D -> F D"),
     one("h.{layer}.mlp.c_proj.bias", "layers/feedforward/down/bias", "D -> D"),
-), prefix="transformer.", buffers=r"h\.\d+\.attn\.(bias|masked_bias)"))
+), prefix="transformer.", left_out=r"h\.\d+\.attn\.(bias|masked_bias)"))

@@ -4,8 +4,8 @@ from jaxlm.models.families.family import SIZES, Family, Tensor, always, context_
 from jaxlm.models.families.rope import rope
 
 
-def one(name: str, path: str, layout: str) -> Tensor:
-    return Tensor(name, ((path, layout),))
+def one(name: str, path: str, layout: str, beside: str = "") -> Tensor:
+    return Tensor(name, ((path, layout),), beside=beside)
 
 
 OUTER = (

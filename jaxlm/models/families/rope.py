@@ -2,6 +2,7 @@
 The older form is written: both versions read it."""
 
 from jaxlm.models.families.family import Part
+from jaxlm.models.rope_scaling import mscale
 
 # rope_type: (our scaling, {its field: (our key, default)}); the default is what transformers takes.
 KINDS = {
@@ -10,7 +11,8 @@ KINDS = {
     "llama3": ("llama3", {"factor": ("rope_factor", None), "low_freq_factor": ("rope_low_freq_factor", None),
                           "high_freq_factor": ("rope_high_freq_factor", None)}),
     "yarn": ("yarn", {"factor": ("rope_factor", None), "beta_fast": ("rope_beta_fast", 32.0),
-                      "beta_slow": ("rope_beta_slow", 1.0), "attention_factor": ("rope_attention_factor", 0.0)}),
+                      "beta_slow": ("rope_beta_slow", 1.0), "attention_factor": ("rope_attention_factor", 0.0),
+                      "truncate": ("rope_truncate", True)}),
     "longrope": ("longrope", {"factor": ("rope_factor", None), "short_factor": ("rope_short_factors", ()),
                               "long_factor": ("rope_long_factors", ()), "attention_factor": ("rope_attention_factor", 0.0)}),
 }
@@ -41,9 +43,14 @@ def read_scaling(fields, values: dict) -> dict:
         if value is None:
             fields.refuse(f"rope_scaling.{name}", None, "it must be given")
             continue
-        keys[f"model.{key}"] = tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
-    if values.pop("truncate", True) is not True:
-        fields.refuse("rope_scaling.truncate", False, "only True is")
+        if not isinstance(value, bool):
+            value = tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+        keys[f"model.{key}"] = value
+    if kind == "yarn":
+        above, below = values.pop("mscale", 0), values.pop("mscale_all_dim", 0)
+        if above and below and not keys["model.rope_attention_factor"]:
+            factor = keys["model.rope_factor"]
+            keys["model.rope_attention_factor"] = mscale(factor, above) / mscale(factor, below)
     for name, value in values.items():
         fields.refuse(f"rope_scaling.{name}", value, "it is unknown")
     return keys

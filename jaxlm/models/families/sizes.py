@@ -24,6 +24,28 @@ def named(model_type: str, text: str, **more) -> dict:
     return dict(model_type=model_type) | fields(text) | more
 
 
+def deepseek(model_type: str, text: str, dense: int, mscale: float, **more) -> dict:
+    """dense: intermediate_size of the first layers."""
+    scaling = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=mscale, mscale_all_dim=mscale,
+                   original_max_position_embeddings=4096)
+    sizes = fields(text)
+    return sizes | dict(model_type=model_type, moe_intermediate_size=sizes["intermediate_size"], intermediate_size=dense,
+                        max_position_embeddings=163840, rope_scaling=scaling, kv_lora_rank=512, qk_rope_head_dim=64,
+                        qk_nope_head_dim=128, v_head_dim=128) | more
+
+
+def bert(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int) -> dict:
+    return dict(model_type="bert", architectures=["BertForMaskedLM"], vocab_size=vocab_size, hidden_size=hidden_size,
+                intermediate_size=4 * hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads,
+                max_position_embeddings=512)
+
+
+def t5(text: str, **more) -> dict:
+    """The text: "d_model d_kv d_ff layers heads"."""
+    names = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    return dict(model_type="t5", vocab_size=32128) | dict(zip(names, map(int, text.split()), strict=True)) | more
+
+
 LLAMA2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)
 QWEN = dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
 QWEN3 = QWEN | dict(max_position_embeddings=40960, attention_bias=False)
@@ -34,6 +56,10 @@ MIXTRAL = dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_exper
 OLMO2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-6, rope_theta=500000.0, tie_word_embeddings=False)
 MISTRAL = dict(max_position_embeddings=32768, rms_norm_eps=1e-5, tie_word_embeddings=False)
 TIED = dict(tie_word_embeddings=True)
+GPT_OSS = dict(max_position_embeddings=131072, rope_theta=150000.0, sliding_window=128, rms_norm_eps=1e-5, swiglu_limit=7.0,
+               rope_scaling=dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                                 original_max_position_embeddings=4096))
+T5_1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # and Flan-T5
 
 SIZES = {
     "gpt2": gpt2(768, 12, 12),
@@ -81,4 +107,28 @@ SIZES = {
     "phi3_mini": named("phi3", "32064 3072 8192 32 32 32", max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=2047),
     "phi4": named("phi3", "100352 5120 17920 40 40 10", max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=250000.0),
     "smollm3_3b": named("smollm3", "128256 2048 11008 36 16 4", max_position_embeddings=65536, rms_norm_eps=1e-6, rope_theta=5e6),
+    "gpt_oss_20b": named("gpt_oss", "201088 2880 2880 24 64 8 64", num_local_experts=32, **GPT_OSS),
+    "gpt_oss_120b": named("gpt_oss", "201088 2880 2880 36 64 8 64", num_local_experts=128, **GPT_OSS),
+    "deepseek_v2_lite": deepseek("deepseek_v2", "102400 2048 1408 27 16 16", 10944, 0.707, q_lora_rank=None, n_routed_experts=64,
+                                 num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1),
+    "deepseek_v2": deepseek("deepseek_v2", "102400 5120 1536 60 128 128", 12288, 0.707, q_lora_rank=1536, n_routed_experts=160,
+                            num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, routed_scaling_factor=16.0,
+                            topk_method="group_limited_greedy", n_group=8, topk_group=3),
+    "deepseek_v3": deepseek("deepseek_v3", "129280 7168 2048 61 128 128", 18432, 1.0, q_lora_rank=1536, n_routed_experts=256,
+                            num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=3, routed_scaling_factor=2.5,
+                            n_group=8, topk_group=4),
+    "bert_base_uncased": bert(30522, 768, 12, 12),
+    "bert_large_uncased": bert(30522, 1024, 24, 16),
+    "bert_base_cased": bert(28996, 768, 12, 12),
+    "bert_large_cased": bert(28996, 1024, 24, 16),
+    "t5_small": t5("512 64 2048 6 8"),
+    "t5_base": t5("768 64 3072 12 12"),
+    "t5_large": t5("1024 64 4096 24 16"),
+    "t5_3b": t5("1024 128 16384 24 32"),
+    "t5_11b": t5("1024 128 65536 24 128"),
+    "t5_v1_1_small": t5("512 64 1024 8 6", **T5_1_1),
+    "t5_v1_1_base": t5("768 64 2048 12 12", **T5_1_1),
+    "t5_v1_1_large": t5("1024 64 2816 24 16", **T5_1_1),
+    "t5_v1_1_xl": t5("2048 64 5120 24 32", **T5_1_1),
+    "t5_v1_1_xxl": t5("4096 64 10240 24 64", **T5_1_1),
 }
