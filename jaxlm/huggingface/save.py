@@ -1,5 +1,6 @@
 """jaxlm -> Hugging Face: a whole folder, read again and compared with the live model before it gets its name."""
 
+import math
 import os
 import pathlib
 import shutil
@@ -117,7 +118,8 @@ def compare(folder: str, config, params, mesh) -> float:
     again.config.seq_len = max(again.config.seq_len, config.seq_len)  # which longrope looks at
     vocab_size = flatten_paths(params)["embedding"].shape[0]
     live, other = (model_to_compare(c, vocab_size) for c in (config, again.config))
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, min(CHECKED_TOKENS, config.seq_len))).astype(np.int32)
+    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a kernel needs one for each
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, min(CHECKED_TOKENS, config.seq_len)), np.int32)
 
     def program(model):
         def logits(params, tokens):
