@@ -77,6 +77,8 @@ def start_jax(config=None, keep_memory: bool = True) -> None:
     compile_cache = config.observe.compile_cache
     if keep_memory:
         heap.keep_freed_memory()
+    else:
+        heap.one_heap()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good.
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
