@@ -108,8 +108,8 @@ def main():
         seconds, start = (statistics.median(s for s, _ in m) for m in (measured, fixed[way][1:]))
         peak = max(p for _, p in measured)
         result[way] = {"seconds": [s for s, _ in measured], "seconds_of_a_tiny_model": start, "peak_bytes": peak,
-                       "peak_of_size": peak / size, "peak_bytes_of_a_tiny_model": max(p for _, p in fixed[way]),
-                       "of_copy": seconds / statistics.median(copies), "of_copy_and_fsync": seconds / statistics.median(synced)}
+                       "peak_of_size": peak / size, "of_copy": seconds / statistics.median(copies),
+                       "of_copy_and_fsync": seconds / statistics.median(synced)}
     save(f"convert-{dtype.name}", result)
 
 

@@ -78,6 +78,8 @@ def start_jax(config=None, keep_memory: bool = True) -> None:
     compile_cache = config.observe.compile_cache
     if keep_memory:
         heap.keep_freed_memory()
+    else:
+        heap.one_heap()
     # With several CPU devices in one process, a collective holds a thread of each until all have come. XLA's default, one for
     # each core, can leave two collectives waiting for each other's threads for good. With more that is rare: XLA starts
     # collectives that do not depend on one another in any order, on each device its own.

@@ -48,7 +48,8 @@ def tensors(family, model, config) -> dict:
             layouts = {"lora_a": Layout(f"R ({there(inputs)}) -> {' '.join(inputs)} R", sizes),
                        "lora_b": Layout(f"({there(outputs)}) R -> R {' '.join(outputs)}", sizes)}
             for index in itertools.product(*(range(n) for n in spec.shape[: spec.num_stacked])):
-                name = PREFIX + ("" if family.is_outside(tensor.name) else family.prefix) + tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+                prefix = PREFIX + ("" if family.is_outside(tensor.name) else family.prefix)
+                name = prefix + tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
                 for part, layout in layouts.items():
                     letter = part[-1].upper()
                     out[name.removesuffix("weight") + f"lora_{letter}.weight"] = (f"{module}/{part}", index, layout)
@@ -122,7 +123,7 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.model.lora_rank,
               "lora_alpha": config.model.lora_alpha, "lora_dropout": 0.0, "target_modules": [here[name] for name in adapted],
               "bias": "none", "inference_mode": True, "fan_in_fan_out": family.model_type == "gpt2"}
-    numbers = lambda path, index, layout: layout.to_there(np.asarray(arrays[path][index], np.float32)).reshape(shape_there(layout))
+    numbers = lambda path, index, layout: layout.to_there(np.asarray(arrays[path][index], np.float32))
     planned = [Planned(name, np.dtype(np.float32), shape_there(place[2]), lambda place=place: numbers(*place))
                for name, place in wanted.items()]
     target = pathlib.Path(os.path.abspath(folder))
@@ -131,7 +132,7 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
     temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        write_file(temporary / WEIGHTS, planned)
+        write_file(temporary / WEIGHTS, planned, threads=1)
         write_json(temporary / CONFIG, values)
         if target.exists():
             target.rmdir()
@@ -143,10 +144,10 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
 
 
 def merge_adapters(config, model, params):
-    """-> (the model without adapters, its parameters, to whose kernels they are added)."""
+    """-> (config of the model without adapters, that model, its parameters, to whose kernels they are added)."""
     names = {name for name in flatten_paths(model.specs) if name.endswith(("/lora_a", "/lora_b"))}
     if not names:
-        return model, params
+        return config, model, params
     plain = config.copy_and_resolve_references()
     plain.model.lora_rank, plain.optimizer.freeze = 0, ""
     specs, scale = flatten_paths(model.specs), config.model.lora_alpha / config.model.lora_rank
@@ -160,4 +161,4 @@ def merge_adapters(config, model, params):
     base = build_model(plain, specs["embedding"].shape[0], "plain")
     leaves, tree = jax.tree_util.tree_flatten_with_path(part_of(params, base.specs))
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return base, tree.unflatten([merged[name(path)] for path, _ in leaves])
+    return plain, base, tree.unflatten([merged[name(path)] for path, _ in leaves])

@@ -8,10 +8,11 @@ import os
 import pathlib
 import shutil
 
-import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import fingerprint
+from jaxlm.data.feed import put_everywhere
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.errors import UserError
 from jaxlm.huggingface.adapter import merge_adapters, save_adapter
@@ -24,6 +25,7 @@ from jaxlm.models.families.family import MODEL_TYPES, family_of
 from jaxlm.observe.throughput import peak_process_bytes
 from jaxlm.parallel import target
 from jaxlm.parallel.distributed import is_main, share
+from jaxlm.parallel.rules import replicated
 from jaxlm.train.restore import config_of_run, mesh_here, open_run
 from jaxlm.train.rundir import open_run_directory
 from jaxlm.train.state import build_model, size_of, spec_leaves
@@ -55,7 +57,7 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
         share(lambda: keep_files(folder, workdir), "files beside the weights")
         checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False, frugal=True)
         checkpoints.require_room(params)
-        checkpoints.save(0, {"step": jnp.zeros((), jnp.int32), "params": params}, None,
+        checkpoints.save(0, {"step": put_everywhere(np.int32(0), replicated(mesh)), "params": params}, None,
                          {"fingerprint": fingerprint(config), "step": 0})
         checkpoints.wait()
     finally:
@@ -123,8 +125,8 @@ def export_run(workdir: str, folder: str, overrides=(), family_name: str = "", a
     files = {name: (kept / name).read_bytes() for name in KEPT if kept and name != "config.json" and (kept / name).is_file()}
     if not kept:
         values, files = own_files(run.data.tokenizer)
-    model, params = merge_adapters(run.config, run.model, run.params)
-    difference = save(folder, family, run.config, model, params, run.mesh, config_extras(values), files)
+    config, model, params = merge_adapters(run.config, run.model, run.params)
+    difference = save(folder, family, config, model, params, run.mesh, config_extras(values), files)
     missing = "" if "tokenizer.json" in files else "; without a tokenizer: the run's own has no such form"
     say(f"{folder}: {family.model_type}, {model.num_parameters:,} parameters of step {run.step}; read again, its logits "
         f"differ by {difference:.1e}{missing}")
