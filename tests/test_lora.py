@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hf_models import golden, text_rows
-from test_huggingface import ISOLATED, jaxlm, logits_of_rows, opened
+from test_huggingface import ISOLATED, jaxlm, opened
 from test_step import run, tiny
 
 from jaxlm.config import load
@@ -22,6 +23,18 @@ from jaxlm.train.step import build_program
 
 EVERYWHERE = r"(attention|feedforward)\..*"
 DEFAULT = str(pathlib.Path(__file__).parent.parent / "configs" / "default.py")
+
+
+def logits_of_rows(model, params):
+    """(rows, T, V) of `text_rows`."""
+    tokens, segments, positions = text_rows()
+
+    @jax.jit
+    def run(params):
+        module = nnx.merge(model.graph, params)
+        return module.logits(module.hidden(tokens, positions, segments)[0])
+
+    return np.asarray(run(params))
 
 
 def perturbed(params):
