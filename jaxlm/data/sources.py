@@ -5,10 +5,19 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jaxlm.errors import UserError
 
 SHAKESPEARE = pathlib.Path(__file__).parent / "shakespeare" / "input.txt"
+
+
+class Record(NamedTuple):
+    """One document of a source."""
+
+    text: str
+    fields: dict  # what the source has of it beside the text: {"url": ..., ...}
+    where: str  # for messages: "file:line", or "file" where the whole file is the document
 
 
 def find_files(config, paths: str, key: str) -> list[str]:
@@ -32,17 +41,24 @@ def find_files(config, paths: str, key: str) -> list[str]:
 
 
 def read_documents(config, files: list[str]) -> Iterator[str]:
+    return (record.text for record in read_records(config, files))
+
+
+def read_records(config, files: list[str]) -> Iterator[Record]:
     """One document at a time: a whole text file, a line of it, or a jsonl record, by `config.data.document`."""
     by_line, field = config.data.document == "line", config.data.text_field
     for file in files:
         if file.endswith(".jsonl"):
             for number, line in enumerate(read_lines(config, file), 1):
-                yield parse_record(line, f"{file}:{number}", field)
+                record = parse_record(line, f"{file}:{number}", field)
+                yield Record(record.pop(field), record, f"{file}:{number}")
         elif by_line:
-            yield from (line for line in (line.rstrip("\n") for line in read_lines(config, file)) if line)
+            for number, line in enumerate(read_lines(config, file), 1):
+                if line := line.rstrip("\n"):
+                    yield Record(line, {}, f"{file}:{number}")
         else:
             with open(file, "rb") as source:
-                yield decode(source.read(), config, file, 0)
+                yield Record(decode(source.read(), config, file, 0), {}, file)
 
 
 def read_lines(config, file: str) -> Iterator[str]:
@@ -62,7 +78,7 @@ def decode(raw: bytes, config, file: str, offset: int) -> str:
                         "file, or set data.errors=replace") from error
 
 
-def parse_record(line: str, where: str, field: str) -> str:
+def parse_record(line: str, where: str, field: str) -> dict:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -70,7 +86,7 @@ def parse_record(line: str, where: str, field: str) -> str:
     if not isinstance(record, dict) or not isinstance(record[field] if field in record else None, str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no text in field {field!r} (it has: {keys}); set data.text_field")
-    return record[field]
+    return record
 
 
 def read_splits(config) -> dict[str, list[str]]:
