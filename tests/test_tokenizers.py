@@ -73,7 +73,7 @@ def extract(name) -> dict:
     from tokenizers.pre_tokenizers import ByteLevel
 
     rows = [json.loads(line) for line in shared("tokenizers", "golden", f"{name}.jsonl").read_text().splitlines()]
-    rows = sorted(rows, key=lambda row: len(row["text"]))[5:60]
+    rows = sorted((row for row in rows if "<|" not in row["text"]), key=lambda row: len(row["text"]))[5:60]
     text = "\n".join(w for row in rows for w, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(row["text"]))
     merges = shared("tokenizers", name, "merges.txt").read_text().splitlines()
     merges = [m for m in merges if m.replace(" ", "") in text and not m.startswith("#version")]

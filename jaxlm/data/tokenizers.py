@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"data.tokenizer: not a tokenizer.json ({error})") from error
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.vocab_size = self.inner.get_vocab_size()
+        self.vocab_size = 1 + max(self.inner.get_vocab().values(), default=-1)  # ids may have gaps
         ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
 
