@@ -143,13 +143,15 @@ def test_killed_and_run_again_the_bytes_are_the_same_and_what_was_done_is_kept(c
     config.data.path, config.data.tokenizer, config.data.bpe_vocab_size, config.data.workers = str(path), "bpe", 300, 1
     open_store(config)
     whole, config.data.store_dir = content(config), str(tmp_path / "again")
-    killed = subprocess.run([sys.executable, "-c", KILLED, path, tmp_path / "again", str(workers)], capture_output=True, timeout=60)
+    command = [sys.executable, "-c", KILLED, path, tmp_path / "again", str(workers)]
+    killed = subprocess.run(command, capture_output=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     folder = locate_store(config)[0]
     assert not folder.exists()  # nothing under its final name
     done = [file for file in folder.parent.glob(".*.build/work/*.json") if not file.name.startswith(".")]
     made, make = [], building.make_shard
-    monkeypatch.setattr("jaxlm.data.workers.make_shard", lambda job, tok, piece, p: made.append(piece.number) or make(job, tok, piece, p))
+    monkeypatch.setattr("jaxlm.data.workers.make_shard",
+                        lambda job, tok, piece, p: made.append(piece.number) or make(job, tok, piece, p))
     time.sleep(0.5)  # a worker of the dead may be at its last piece
     open_store(config)
     assert content(config) == whole and 3 <= len(done) and not {int(f.stem) for f in done} & set(made)
@@ -216,8 +218,9 @@ def test_skipped_records_are_counted_in_the_log_and_the_manifest(config, small, 
     stores, _ = open_store(config)
     manifest = json.loads((stores["train"].folder / "manifest.json").read_text())
     assert manifest["skipped"]["count"] == 2 and manifest["splits"]["train"]["documents"] == 270
-    assert "a.jsonl:101: not JSON" in manifest["skipped"]["first"][0] and "a.jsonl:202: no text" in manifest["skipped"]["first"][1]
-    assert "2 of 302 records were left out" in capsys.readouterr().out
+    first, second = manifest["skipped"]["first"]
+    assert "a.jsonl:101: not JSON" in first and "a.jsonl:202: no text" in second
+    assert "2 of 302 records were left out" in capsys.readouterr().err
 
 
 def test_the_manifest_holds_hashes_of_sources_and_shards(config, small):
@@ -242,7 +245,7 @@ def test_progress_is_told(capsys):
     meter = building.Meter(total=100, done=20, every=0.0)
     meter.add(3)
     meter.add(2, 40)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert "3 documents" in lines[0] and "time left not known yet" in lines[0]
     assert "5 documents" in lines[1] and "documents/s, 60% of the source" in lines[1] and lines[1].endswith("s left")
 

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 from array import array
 from typing import NamedTuple
@@ -71,10 +72,14 @@ def build_store(config, folder: pathlib.Path, sources: dict, workers: int) -> No
                 make_from_text(config, store, work, sources, workers)
             for file, fact in ((file, fact) for of in sources.values() for file, fact in of.items()):
                 if not os.path.exists(file) and "://" not in file or state_of(file)[0] != fact["state"]:
-                    shutil.rmtree(build)
                     raise UserError(f"{file}: changed while its tokens were made; run the same command again")
             store.rename(folder)
             shutil.rmtree(build)
+    except UserError:
+        shutil.rmtree(build, ignore_errors=True)  # what mends the input makes another store
+        raise
+    except ChildProcessError as error:
+        raise UserError(f"data.workers: {error}; run the same command again, with fewer data.workers if it was that") from error
     except OSError as error:
         raise UserError(f"data.store_dir={folder.parent}: cannot be written ({error.strerror or error}); free space, or set "
                         "data.store_dir or $JAXLM_CACHE; what is done is kept for the next try") from error
@@ -87,7 +92,7 @@ def alone(build: pathlib.Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data: another process makes {build.name}; waiting for it", flush=True)
+            print(f"data: another process makes {build.name}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -157,7 +162,7 @@ def kept_tokenizer(config, store, texts):
     if file.exists():
         return load_tokenizer(file.read_text())
     if learns(config):
-        print(f"data: training tokenizer {config.data.tokenizer}", flush=True)
+        print(f"data: training tokenizer {config.data.tokenizer}", file=sys.stderr, flush=True)
     tokenizer = build_tokenizer(config, texts())
     write_durably(file, tokenizer.to_json().encode())
     return tokenizer
@@ -270,10 +275,10 @@ class Meter:
         made = self.done - self.before
         left = f"{spent * (self.total - self.done) / made:,.0f} s left" if made else "time left not known yet"
         print(f"data: tokens of {self.documents:,} documents, {self.documents / max(spent, 1e-9):,.0f} documents/s, {share:.0%} "
-              f"of the source, {left}", flush=True)
+              f"of the source, {left}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        if self.spoke > self.began:
+        if time.monotonic() - self.began >= self.every:
             self.say()
 
 

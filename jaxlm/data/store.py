@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import time
 
 import numpy as np
@@ -72,7 +73,7 @@ def open_store(config):
     if skipped["count"] and is_main():
         print(f"data: {skipped['count']:,} of {skipped['count'] + sum(s['documents'] for s in manifest['splits'].values()):,} "
               f"records were left out (data.on_error=skip), all told of in {folder / 'manifest.json'}; the first: "
-              f"{skipped['first'][0]}")
+              f"{skipped['first'][0]}", file=sys.stderr)
     stores = {split: TokenStore(folder, split, manifest) for split in manifest["splits"]}
     return stores, load_tokenizer((folder / "tokenizer.json").read_text())
 
@@ -120,6 +121,17 @@ def locate_store(config) -> tuple[pathlib.Path, dict[str, dict[str, dict]]]:
 
 def fingerprint(config) -> str:
     return locate_store(config)[0].name
+
+
+def changed_sources(config, old: str, new: str) -> list[str]:
+    """Which files differ between two stores, by their fingerprints."""
+    try:
+        before, after = (json.loads((store_root(config) / name / "manifest.json").read_text())["sources"] for name in (old, new))
+    except (OSError, ValueError):
+        return [f"store {old} -> {new}"]
+    told = lambda of, file: f"sha256 {of[file]['sha256'][:12]}" if file in of else "not there"
+    return [f"{file}: {told(before, file)} -> {told(after, file)}" for file in sorted(before | after)
+            if told(before, file) != told(after, file)] or [f"store {old} -> {new}"]
 
 
 def content_of(files: list[str], root: pathlib.Path) -> dict[str, dict]:

@@ -56,8 +56,7 @@ def in_processes(job: Job, tokenizer, todo: list[Piece], workers: int, meter: Me
         except queue.Empty:
             pass
         except (OSError, EOFError, pickle.UnpicklingError):
-            news.put(UserError(f"data.workers: a process that made tokens died (exit {process.wait()}), for want of memory "
-                               "perhaps; run the same command again, with fewer data.workers if it was that"))
+            news.put(ChildProcessError(f"one that made tokens died (exit {process.wait()}), for want of memory perhaps"))
         finally:
             news.put(None)
 
