@@ -27,7 +27,7 @@ from jaxlm.data.tokenizers import build_tokenizer, learns, load_tokenizer
 from jaxlm.errors import UserError
 
 SMALLEST, LARGEST, PIECES = 2**22, 2**27, 64  # bytes of a piece: a 64th of the sources, within these
-BATCH = 2**20  # characters given to the tokenizer at once
+BATCH = 2**17  # characters given to the tokenizer at once: more are slower, as their encodings leave the cache
 
 
 class Piece(NamedTuple):
