@@ -37,6 +37,7 @@ def small(monkeypatch):
     """Pieces of 2 kB, so that a small corpus has many."""
     monkeypatch.setattr(building, "SMALLEST", 2000)
     monkeypatch.setattr(building, "PIECES", 100)
+    monkeypatch.setattr(building, "ALONE", 2000)
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -113,7 +114,7 @@ import os, signal, sys
 from configs import default
 from jaxlm.data import building
 from jaxlm.data.store import open_store
-building.SMALLEST, building.PIECES = 2000, 100
+building.SMALLEST, building.PIECES, building.ALONE = 2000, 100, 2000
 config = default.get_config()
 config.data.path, config.data.store_dir, config.data.tokenizer, config.data.bpe_vocab_size = sys.argv[1], sys.argv[2], "bpe", 300
 config.data.workers = int(sys.argv[3])

@@ -26,7 +26,8 @@ from jaxlm.data.store import state_of
 from jaxlm.data.tokenizers import build_tokenizer, learns, load_tokenizer
 from jaxlm.errors import UserError
 
-SMALLEST, LARGEST, PIECES = 2**22, 2**27, 64  # bytes of a piece: a 64th of the sources, within these
+SMALLEST, LARGEST, PIECES = 2**20, 2**27, 64  # bytes of a piece: a 64th of the sources, within these
+ALONE = 2**22  # bytes of sources that no other process is started for
 BATCH = 2**17  # characters given to the tokenizer at once: more are slower, as their encodings leave the cache
 
 
@@ -251,7 +252,7 @@ def make_shards(job: Job, tokenizer, todo: list[Piece], pieces: list[Piece], wor
 
     meter = Meter(sum(p.size for p in pieces), sum(p.size for p in pieces) - sum(p.size for p in todo))
     if todo:
-        run = here if workers == 1 or sum(piece.size for piece in todo) < SMALLEST else in_processes
+        run = here if workers == 1 or sum(piece.size for piece in todo) < ALONE else in_processes
         run(job, tokenizer, todo, workers, meter)
     meter.end()
     return [shard_done(job, piece) for piece in pieces]
