@@ -22,6 +22,7 @@ class Data(NamedTuple):
     valid: Any  # Batches, or None for synthetic data
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
+    fingerprint: str | None  # of the text and what makes tokens of it
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -33,10 +34,10 @@ def build_data(config, text: bool = True) -> Data:
         vocab_size = asked or 256
         _ = config.data.tokenizer, multiple  # bytes; nothing to round
         rows = SyntheticRows(vocab_size, config.seq_len, config.seed)
-        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size)
-    if not text and os.path.isfile(config.data.tokenizer):
+        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size, None)
+    if not text and os.path.exists(config.data.tokenizer):
         tokenizer = build_tokenizer(config, [])
-        return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple)
+        return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple, None)
     stores, tokenizer = open_store(config)
     problems, tokens = [], stores["train"].num_tokens
     if tokens < (1 + config.data.jitter) * config.seq_len + 1:
@@ -54,7 +55,7 @@ def build_data(config, text: bool = True) -> Data:
     valid = PackedRows(stores["valid"], config.seq_len, isolate, pad_last=True)
     vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
     return Data(Batches(config, train, config.batch_size), Batches(config, valid, config.eval.batch_size), tokenizer,
-                vocab_size)
+                vocab_size, stores["train"].folder.name)
 
 
 class SyntheticRows:
