@@ -209,6 +209,40 @@ def run_generate(args):
     show("\n")
 
 
+def add_data(verb):
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    prepare = actions.add_parser("prepare", help=run_prepare.__doc__.splitlines()[0], description=run_prepare.__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_config(prepare)
+    prepare.add_argument("--out", required=True, metavar="DIR", help="the folder to make; then --config.data.path=DIR/*.jsonl.zst")
+    prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a CPU); the bytes are the same")
+    prepare.add_argument("--runner", default="local", metavar="NAME", help="local, or beam: Apache Beam, for a cluster")
+    prepare.add_argument("--runner_options", default="", metavar="TEXT", help='of Beam: "--runner=FlinkRunner --flink_master=..."')
+    prepare.set_defaults(run_action=run_prepare)
+
+
+def run_data(args):
+    """Look after data before training: prepare (clean it)."""
+    args.run_action(args)
+
+
+def run_prepare(args):
+    """Clean documents: the steps of config.prepare, with a data card of what each did.
+
+    The same command again goes on where it was stopped. Any key can be set: --config.prepare.length.min_words=20
+    """
+    from jaxlm.config import load
+    from jaxlm.data.cleaning.pipeline import prepare
+    from jaxlm.data.cleaning.runners import RUNNERS
+
+    config = load(args.config, args.overrides)
+    runner = RUNNERS[args.runner](args.workers, args.runner_options)
+    card = prepare(config, args.out, runner, args.overrides)
+    start, end = card["input"], card["output"]
+    print(f"{start['documents']:,} documents, {start['characters']:,} characters -> {end['documents']:,} documents, "
+          f"{end['characters']:,} characters; {args.out}/card.html")
+
+
 def add_bench(verb):
     verb.add_argument("--config", metavar="FILE[:ARG]", help="what to measure, such as configs/gpt2_124m.py")
     verb.add_argument("--warmup", type=int, default=0, metavar="N", help="steps before timing (15; on a CPU 3)")
@@ -403,6 +437,7 @@ VERBS = {
     "train": (run_train, add_train),
     "eval": (run_eval, add_eval),
     "generate": (run_generate, add_generate),
+    "data": (run_data, add_data),
     "plan": (run_plan, add_plan),
     "bench": (run_bench, add_bench),
     "report": (run_report, add_workdir),
