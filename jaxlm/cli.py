@@ -214,10 +214,10 @@ def add_data(verb):
     prepare = actions.add_parser("prepare", help=run_prepare.__doc__.splitlines()[0], description=run_prepare.__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_config(prepare)
-    prepare.add_argument("--out", required=True, metavar="DIR", help="the folder to make; then --config.data.path=DIR/*.jsonl.zst")
-    prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a CPU); the bytes are the same")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="the folder to make: then data.path=DIR/*.jsonl.zst")
+    prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one a CPU. Same bytes with any")
     prepare.add_argument("--runner", default="local", metavar="NAME", help="local, or beam: Apache Beam, for a cluster")
-    prepare.add_argument("--runner_options", default="", metavar="TEXT", help='of Beam: "--runner=FlinkRunner --flink_master=..."')
+    prepare.add_argument("--runner_options", default="", metavar="TEXT", help='of Beam: "--runner=FlinkRunner ..."')
     prepare.set_defaults(run_action=run_prepare)
 
 

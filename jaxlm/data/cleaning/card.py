@@ -9,11 +9,13 @@ from jaxlm.data.cleaning.shards import read_lines, write_json, written_whole
 from jaxlm.observe.report import STYLE, tile
 
 CARD_STYLE = """
-table.steps td,table.sources td{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{text-align:left;
-font-weight:600;padding:3px 8px;color:var(--dim)}td.w{width:38%}.bar{height:14px;border-radius:3px;background:var(--a);min-width:1px}
+table.steps td,table.sources td{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+th{text-align:left;font-weight:600;padding:3px 8px;color:var(--dim)}td.w{width:38%}
+.bar{height:14px;border-radius:3px;background:var(--a);min-width:1px}
 .track{background:var(--line);border-radius:3px}.b{background:var(--b)}.scroll{overflow-x:auto}
 details{background:var(--card);border-radius:8px;padding:8px 14px;margin:8px 0}summary{cursor:pointer}summary b{font-weight:600}
-details pre{background:var(--bg);margin:4px 0 12px}.pair{display:grid;grid-template-columns:1fr 1fr;gap:10px}.pair pre{margin-top:2px}
+details pre{background:var(--bg);margin:4px 0 12px}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:10px}.pair pre{margin-top:2px}
 svg .before{fill:var(--line);stroke:var(--dim);stroke-width:.6}svg .after{fill:var(--a)}
 .panel{background:var(--card);border-radius:8px;padding:6px 10px 12px}.panel .t{font-weight:600;font-size:13px;margin:4px 4px 8px}
 """
@@ -33,14 +35,15 @@ def make_card(config, results: dict, segments) -> dict:
     for number in range(len(segments)):
         cleaned = results[f"clean-{number}"]
         for name in cleaned[0]["stats"] if cleaned else ():
-            steps[name] = {"step": name, **total(cleaned, "stats", name), "removed": total(cleaned, "reasons", name),
+            steps[name] = {**total(cleaned, "stats", name), "removed": total(cleaned, "reasons", name),
                            "counts": total(cleaned, "counts", name)}
         if corpus_step := segments[number].corpus_step:
             steps[corpus_step, "seconds"] = sum(r["sketch_seconds"] for r in cleaned) + sum(
                 r["seconds"] for r in results[f"match-{number}"])
     order = []
     for name in config.prepare.steps:
-        step = {"documents_in": 0, "documents_out": 0, "characters_in": 0, "characters_out": 0, "seconds": 0.0} | steps[name]
+        none = dict.fromkeys(("documents_in", "documents_out", "characters_in", "characters_out"), 0)
+        step = {"step": name, **none, "seconds": 0.0, **steps[name]}
         if (name, "seconds") in steps:
             step["seconds"] = steps[name, "seconds"]
         order.append(step | {"seconds": round(step["seconds"], 3)})
@@ -49,18 +52,25 @@ def make_card(config, results: dict, segments) -> dict:
     output = {key: sum(o[key] for o in last) for key in ("documents", "characters", "bytes", "tokens")}
     if not config.prepare.count_tokens:
         output["tokens"] = None
-    none = {"documents": 0, "characters": 0}
+    gone = {"documents": 0, "characters": 0}
     return {
         "input": {"documents": sum(c["documents"] for c in sources_in.values()),
                   "characters": sum(c["characters"] for c in sources_in.values()), "lengths": total(read, "lengths")},
         "steps": order,
         "output": {**output, "tokenizer": config.prepare.count_tokens or None, "lengths": total(last, "lengths"),
                    "languages": nested(last, "languages")},
-        "sources": {name: {"in": sources_in[name], "out": sources_out[name] if name in sources_out else none}
+        "sources": {name: {"in": sources_in[name], "out": sources_out[name] if name in sources_out else gone}
                     for name in sources_in},
-        "config": {key: value for key, value in flatten(config).items()
-                   if key.startswith("prepare.") or key in ("data.path", "data.document", "data.text_field")},
+        "config": {key: value for key, value in flatten(config).items() if shown(config, key)},
     }
+
+
+def shown(config, key: str) -> bool:
+    """Keys that had a say: of reading, of all steps, of the steps that ran."""
+    group, _, rest = key.partition(".")
+    if group != "prepare":
+        return key in ("data.path", "data.document", "data.text_field")
+    return "." not in rest or rest.partition(".")[0] in config.prepare.steps
 
 
 def total(results, *keys) -> dict:
@@ -82,11 +92,11 @@ def page(card: dict, samples: dict, name: str) -> str:
     start, end = card["input"], card["output"]
     kept = lambda key: f"{100 * end[key] / max(1, start[key]):.1f} %"
     tiles = [("documents in", f"{start['documents']:,}"), ("documents out", f"{end['documents']:,}"),
-             ("documents kept", kept("documents")), ("characters out", f"{end['characters']:,}"),
-             ("characters kept", kept("characters")), ("bytes out", f"{end['bytes']:,}")]
+             ("kept", kept("documents")), ("characters out", f"{end['characters']:,}"),
+             ("kept", kept("characters")), ("bytes out", f"{end['bytes']:,}")]
     if end["tokens"] is not None:
         tiles.append((f"tokens ({html.escape(end['tokenizer'].rpartition('/')[2])})", f"{end['tokens']:,}"))
-    tiles.append(("CPU seconds in steps", f"{sum(step['seconds'] for step in card['steps']):,.1f}"))
+    tiles.append(("CPU seconds", f"{sum(step['seconds'] for step in card['steps']):,.1f}"))
     dropped = "".join(removed(step, samples) for step in card["steps"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{html.escape(name)} – data card – jaxlm</title>
@@ -177,12 +187,13 @@ def removed(step: dict, samples: dict) -> str:
         lines = [line for line in (samples[step["step"]] if step["step"] in samples else ()) if line["reason"] == reason]
         shown = "".join(sample(line) for line in lines[:SHOWN])
         out.append(f'<details><summary><b>{html.escape(step["step"])}</b> · {html.escape(reason)} '
-                   f'<span class="dim">{count:,} documents</span></summary>{shown}</details>')
+                   f'<span class="dim">{count:,} document{"s" * (count > 1)}</span></summary>{shown}</details>')
     return "".join(out)
 
 
 def sample(line: dict) -> str:
-    head = f'<div class="dim">{html.escape(line["source"])} · {line["characters"]:,} characters · {html.escape(line["detail"])}</div>'
+    head = " · ".join([line["source"], f"{line['characters']:,} characters", line["detail"]])
+    head = f'<div class="dim">{html.escape(head)}</div>'
     text = f'<pre>{html.escape(line["excerpt"])}</pre>'
     if "kept_excerpt" in line:
         return f'{head}<div class="pair">{text}<pre>{html.escape(line["kept_excerpt"])}</pre></div>'

@@ -9,6 +9,7 @@ import unicodedata
 
 from jaxlm.data.cleaning.step import STEPS
 from jaxlm.data.cleaning.words import HAN
+from jaxlm.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parent / "stop_words"
 
@@ -52,6 +53,9 @@ def build_stop_words(options, context):
 
 
 def read_list(file: pathlib.Path) -> list[str]:
+    if not file.is_file():
+        there = ", ".join(sorted(f.stem for f in FOLDER.glob("*.txt")))
+        raise UserError(f"prepare.stop_words: no list {file}; there are {there}, and prepare.stop_words.file")
     return [word.strip() for word in file.read_text(encoding="utf-8").splitlines() if word.strip() and word[0] != "#"]
 
 

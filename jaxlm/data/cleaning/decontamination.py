@@ -40,8 +40,8 @@ def build(options, context):
     return step
 
 
-def write_index(config, path: pathlib.Path) -> None:
-    """The n-grams of all evaluation texts, by hash, with the line of the first text that has them."""
+def evaluation_files(config) -> list[str]:
+    """Raises UserError for anything wrong with the step's keys."""
     options = config.prepare.decontaminate
     if not options.paths:
         raise UserError("prepare.decontaminate.paths: is empty; give the evaluation files, or leave decontaminate out of "
@@ -49,7 +49,12 @@ def write_index(config, path: pathlib.Path) -> None:
     if not 0 < options.min_words <= options.ngram:
         raise UserError(f"prepare.decontaminate.min_words={options.min_words}: must be from 1 to prepare.decontaminate.ngram="
                         f"{options.ngram}")
-    files = find_files(config, options.paths, "prepare.decontaminate.paths")
+    return find_files(config, options.paths, "prepare.decontaminate.paths")
+
+
+def write_index(config, path: pathlib.Path) -> None:
+    """The n-grams of all evaluation texts, by hash, with the line of the first text that has them."""
+    options, files = config.prepare.decontaminate, evaluation_files(config)
     found = {}  # size -> ([hashes], [(file, line)])
     for number, file in enumerate(files):
         for line, text in evaluation_texts(config, file):

@@ -2,7 +2,7 @@
 
 import re
 
-from jaxlm.data.cleaning.step import STEPS, Removed
+from jaxlm.data.cleaning.step import STEPS, Removed, needed
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
 
@@ -13,9 +13,8 @@ LETTERS = re.compile(r"[^\W\d_]")
 def build(options, context):
     """By py3langid (Lui and Baldwin, ACL 2012; Barbaresi), whose model of 140 languages comes in the package. The language and
     its probability stay with the document, as fields `language` and `language_score`."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    langid = needed("py3langid.langid", "language")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     if wrong := [name for name in options.keep if name not in identifier.labels]:
         raise UserError(*(f"prepare.language.keep: {name!r}: {did_you_mean(name, identifier.labels)}" for name in wrong))
     keep = set(options.keep)

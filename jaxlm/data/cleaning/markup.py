@@ -3,7 +3,7 @@
 import html
 import re
 
-from jaxlm.data.cleaning.step import STEPS, Removed
+from jaxlm.data.cleaning.step import STEPS, Removed, needed
 
 NAMES = ("a|abbr|address|article|aside|b|base|blockquote|body|br|button|canvas|caption|center|cite|code|col|colgroup|dd|del|"
          "details|dialog|div|dl|dt|em|embed|fieldset|figcaption|figure|font|footer|form|frame|frameset|h[1-6]|head|header|hr|"
@@ -22,7 +22,7 @@ def build(options, context):
 
     Markup that a page wrote to be seen (&lt;p&gt;) stays escaped, so that cleaning again finds nothing to strip.
     """
-    from resiliparse.extract.html2text import extract_plain_text
+    extract_plain_text = needed("resiliparse.extract.html2text", "html").extract_plain_text
 
     def step(record):
         text = record.text

@@ -25,7 +25,7 @@ from configs import default
 from jaxlm.config import flatten
 from jaxlm.data.cleaning import matching
 from jaxlm.data.cleaning.card import write_card
-from jaxlm.data.cleaning.decontamination import write_index
+from jaxlm.data.cleaning.decontamination import evaluation_files, write_index
 from jaxlm.data.cleaning.shards import SketchWriter, line_writer, read_lines, read_rows, read_shard, write_json
 from jaxlm.data.cleaning.step import CORPUS_STEPS, STEPS, Context, Removed, register_all
 from jaxlm.data.sources import find_files, read_records
@@ -115,6 +115,18 @@ def plan_segments(config, overrides=()) -> list[Segment]:
     problems += unused(config, valid, {override.removeprefix("--config.").partition("=")[0] for override in overrides})
     if problems:
         raise UserError(*problems)
+    for name in p.steps:  # built once here to see what is wrong with their options, before any work
+        try:
+            if name in CORPUS_STEPS:
+                CORPUS_STEPS[name](options_of(config, name))
+            elif name == "decontaminate":  # reads what `work` makes first
+                evaluation_files(config)
+            else:
+                STEPS[name](options_of(config, name), Context(config, "", Counter()))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
     segments, steps = [], []
     for name in p.steps:
         if name in CORPUS_STEPS:
@@ -137,8 +149,7 @@ def plan_of(config, files) -> dict:
     """What decides every byte of the outcome."""
     keys = {key: value for key, value in flatten(config).items()
             if key.startswith("prepare.") or key.startswith("data.") and key.removeprefix("data.") not in LATER}
-    evaluation = (find_files(config, config.prepare.decontaminate.paths, "prepare.decontaminate.paths")
-                  if "decontaminate" in config.prepare.steps and config.prepare.decontaminate.paths else [])
+    evaluation = evaluation_files(config) if "decontaminate" in config.prepare.steps else []
     stat = lambda file: [name_of(config, file), os.path.getsize(file), os.stat(file).st_mtime_ns]
     return json.loads(json.dumps({"keys": keys, "files": [stat(file) for file in [*files, *evaluation]]}))
 
@@ -151,11 +162,13 @@ def name_of(config, where: str) -> str:
 
 def claim(job: Job, plan: dict) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
+    if job.path("plan.json").is_file() and json.loads(job.path("plan.json").read_text()) != plan:
+        if any(job.path("results").glob("*.json")):  # a stage was done: not ours to throw away
+            raise UserError(f"{job.folder}: holds the unfinished work of another config, or of sources that have changed since; "
+                            "remove it, or choose another --out")
+        shutil.rmtree(job.folder)
     if not job.path("plan.json").is_file():
         write_json(job.path("plan.json"), plan)
-    elif json.loads(job.path("plan.json").read_text()) != plan:
-        raise UserError(f"{job.folder}: holds the unfinished work of another config or of sources that have changed since; "
-                        "remove it, or choose another --out")
 
 
 def work(job: Job, files, segments, runner) -> None:

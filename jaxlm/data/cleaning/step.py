@@ -9,6 +9,7 @@ import importlib
 from collections import Counter
 from typing import NamedTuple
 
+from jaxlm.errors import UserError
 from jaxlm.registry import Registry
 
 STEPS = Registry("cleaning step", key="prepare.steps")  # of one document
@@ -37,3 +38,11 @@ def register_all(config) -> None:
     """Those of this folder, and those of `config.imports`: a worker process has imported nothing yet."""
     for module in [*(f"jaxlm.data.cleaning.{file}" for file in FILES), *config.imports]:
         importlib.import_module(module)
+
+
+def needed(module: str, step: str):
+    """An import of a package that only one step needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"prepare.steps: {step!r} cannot import {module} ({error}); pip install 'jaxlm[data]'") from error

@@ -3,7 +3,9 @@
 import re
 import unicodedata
 
-from jaxlm.data.cleaning.step import STEPS
+from jaxlm.data.cleaning.step import STEPS, needed
+from jaxlm.errors import UserError
+from jaxlm.registry import did_you_mean
 
 # Soft hyphen, zero-width blank and joiner of words, marks of direction, byte-order mark, annotation, private use, and half
 # characters. Kept: U+200C and U+200D, which change what is written in Persian, Indic scripts and emoji.
@@ -20,13 +22,14 @@ def build(options, context):
     """`form`: NFC keeps what the eye sees; NFKC also makes one of full and half width, ligatures, powers; none.
     `repair`: mojibake, by ftfy (Speer, doi:10.5281/zenodo.2591652). Its other opinions are off: it would straighten quotes,
     and turn the full-width punctuation of Chinese into ASCII."""
-    from ftfy import TextFixerConfig, fix_text
-
-    config = TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, fix_latin_ligatures=False,
-                             normalization=None, explain=False)
-
-    def repair(text):
-        return fix_text(text, config) if options.repair else text
+    if options.form not in (forms := ("NFC", "NFKC", "none")):
+        raise UserError(f"prepare.unicode.form={options.form!r}: {did_you_mean(options.form, forms)}")
+    repair = lambda text: text
+    if options.repair:
+        ftfy = needed("ftfy", "unicode")
+        config = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False,
+                                      fix_latin_ligatures=False, normalization=None, explain=False)
+        repair = lambda text: ftfy.fix_text(text, config)
 
     def step(record):
         text = repair(record.text)
