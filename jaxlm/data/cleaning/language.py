@@ -1,5 +1,6 @@
 """Language: which one a document is in, and whether it is wanted."""
 
+import functools
 import re
 
 from jaxlm.data.cleaning.step import STEPS, Removed, needed
@@ -9,12 +10,17 @@ from jaxlm.registry import did_you_mean
 LETTERS = re.compile(r"[^\W\d_]")
 
 
+@functools.lru_cache(maxsize=1)  # once in a process, not once a shard
+def load_identifier():
+    langid = needed("py3langid.langid", "language")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
 @STEPS.register("language")
 def build(options, context):
     """By py3langid (Lui and Baldwin, ACL 2012; Barbaresi), whose model of 140 languages comes in the package. The language and
     its probability stay with the document, as fields `language` and `language_score`."""
-    langid = needed("py3langid.langid", "language")
-    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    identifier = load_identifier()
     if wrong := [name for name in options.keep if name not in identifier.labels]:
         raise UserError(*(f"prepare.language.keep: {name!r}: {did_you_mean(name, identifier.labels)}" for name in wrong))
     keep = set(options.keep)
