@@ -74,7 +74,7 @@ class SketchWriter:
         self.signatures.append(signature)
 
     def write(self, path: pathlib.Path) -> None:
-        keys = np.array(self.keys, np.uint64).reshape(len(self.keys), -1).T
+        keys = np.array(self.keys, np.uint64).T if self.keys else np.empty((0, 0), np.uint64)
         rows = np.argsort(keys, axis=1, kind="stable")
         for name, array in (("keys", np.take_along_axis(keys, rows, 1)), ("rows", rows.astype(np.uint32)),
                             ("signatures", np.array(self.signatures))):
