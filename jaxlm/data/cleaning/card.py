@@ -12,7 +12,7 @@ CARD_STYLE = """
 table.steps td,table.sources td{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:600;padding:3px 8px;color:var(--dim)}td.w{width:38%}
 .bar{height:14px;border-radius:3px;background:var(--a);min-width:1px}
-.track{background:var(--line);border-radius:3px}.b{background:var(--b)}.scroll{overflow-x:auto}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(155px,1fr))}.track{background:var(--line);border-radius:3px}.b{background:var(--b)}.scroll{overflow-x:auto}
 details{background:var(--card);border-radius:8px;padding:8px 14px;margin:8px 0}summary{cursor:pointer}summary b{font-weight:600}
 details pre{background:var(--bg);margin:4px 0 12px}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:10px}.pair pre{margin-top:2px}
