@@ -121,16 +121,21 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic
-    c.data.path = "shakespeare"  # "shakespeare" (ships with jaxlm), a file, a glob, or a comma-separated list of them
+    c.data.path = "shakespeare"  # "shakespeare" (ships with jaxlm), a file, glob, URL, saved dataset, or a comma-separated list
     c.data.valid_path = ""  # empty: the last valid_fraction of the text is held out
     c.data.valid_fraction = 0.1
     c.data.root = ""  # relative paths start here; empty: the current directory
     c.data.store_dir = ""  # token stores; empty: $JAXLM_CACHE, or ~/.cache/jaxlm
-    c.data.document = "file"  # what one document is in a text file: file, line. A jsonl record is always one
-    c.data.text_field = "text"  # of a jsonl record
+    c.data.document = "file"  # what one document is in a text file: file, line. A record of another format is always one
+    c.data.text_field = "text"  # of a record (jsonl, csv, tsv, parquet, arrow, array_record): where its text is
+    c.data.header = True  # of csv, tsv: the first row names the fields; False: they are "0", "1", ...
+    c.data.array_record = "json"  # what a record of .array_record is: json, text, tf_example
     c.data.errors = "strict"  # invalid UTF-8: strict (stop and say where) or replace
-    c.data.tokenizer = "char"  # byte, char, bpe (trained on this text), or a path to tokenizer.json
-    c.data.bpe_vocab_size = 8192  # for tokenizer=bpe
+    c.data.on_error = "stop"  # a record that cannot be read: stop (and say where) or skip (counted, in the log and the manifest)
+    c.data.tokenizer = "char"  # byte, char, bpe or unigram (trained on this text), or a path: tokenizer.json, .model, a folder
+    c.data.bpe_vocab_size = 8192  # for tokenizer=bpe, unigram
+    c.data.special_tokens = ()  # for tokenizer=bpe, unigram: more tokens that no text is cut into, such as "<|im_start|>"
+    c.data.workers = 0  # processes that make tokens; 0: as many as cores. The same store comes out of any number
     c.data.isolate_documents = False  # packed documents do not attend to one another
     c.data.shuffle = True
     c.data.jitter = False  # move the row grid by a random offset each epoch, so that rows are new

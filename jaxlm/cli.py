@@ -433,6 +433,57 @@ def run_doctor(args):
     print("self-test passed")
 
 
+def add_data(verb):
+    kinds = verb.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    for name, (run, add_arguments) in DATA.items():
+        kind = kinds.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        add_arguments(kind)
+
+
+def run_data(args):
+    """Make a token store, or look at what a run saw: jaxlm data build, jaxlm data inspect."""
+    DATA[args.kind][0](args)
+
+
+def run_data_build(args):
+    """Make the token store of a config, as its first run would; the same command again goes on where it stopped.
+
+    Any config key can be set: --config.data.workers=8
+    """
+    from jaxlm.config import load
+    from jaxlm.data.inspect import about_store
+
+    print(about_store(load(args.config, args.overrides)))
+
+
+def add_data_inspect(verb):
+    verb.add_argument("--workdir", default="", metavar="DIR", help="a run directory, or")
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="a config file")
+    verb.add_argument("--step", type=int, required=True, metavar="N", help="from 1: the step whose loss metrics.jsonl has as N")
+    verb.add_argument("--rows", type=int, default=4, metavar="K", help="rows of the batch shown (default %(default)s); 0: all")
+    verb.add_argument("--json", action="store_true", help="print one JSON object, with the ids")
+
+
+def run_data_inspect(args):
+    """What a run saw at a step: the rows of its batch, decoded.
+
+    [[...]] is no target of the loss, a line of dashes stands between documents that do not see each other, ____ is padding.
+    """
+    if bool(args.workdir) == bool(args.config):
+        raise UserError("data inspect: give one of --workdir=DIR and --config=FILE")
+    if args.step < 1 or args.rows < 0:
+        raise UserError("--step must be at least 1 and --rows at least 0")
+    from jaxlm.data.inspect import as_text, inspect
+
+    seen = inspect(args.workdir, args.config, args.step, args.rows, args.overrides)
+    print(json.dumps(seen) if args.json else as_text(seen))
+
+
+DATA = {
+    "build": (run_data_build, add_config),
+    "inspect": (run_data_inspect, add_data_inspect),
+}
 VERBS = {
     "train": (run_train, add_train),
     "eval": (run_eval, add_eval),

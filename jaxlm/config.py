@@ -20,8 +20,8 @@ from jaxlm.registry import did_you_mean
 
 # Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
 # same experiment.
-NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "prepare", "mesh", "grad_accum_steps",
-                "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
+NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
+                "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
                 "kernels.fused_projections")
 
 
@@ -226,13 +226,15 @@ def validate(config: ConfigDict) -> None:
     check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
+    check(c.data.workers >= 0, f"data.workers={c.data.workers}: must not be negative; 0 is as many as cores")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
-               "data.errors": ("strict", "replace"), "observe.progress": ("auto", "live", "lines", "none"),
+               "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
+               "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
                "kernels.context": ("ring", "all_gather"),
                "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),

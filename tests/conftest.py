@@ -35,3 +35,16 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The defaults, with data and its store under tmp_path, and tiny rows."""
+    from configs import default
+    from jaxlm.config import resolve
+
+    c = default.get_config()
+    c.data.store_dir, c.data.root = str(tmp_path / "stores"), str(tmp_path)
+    c.seq_len, c.batch_size = 8, 4
+    resolve(c)
+    return c

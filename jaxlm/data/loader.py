@@ -21,6 +21,7 @@ class Data(NamedTuple):
     valid: Any  # Batches, or None for synthetic data
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
+    fingerprint: str | None  # of the text and what makes tokens of it
 
 
 def build_data(config) -> Data:
@@ -30,7 +31,7 @@ def build_data(config) -> Data:
         vocab_size = asked or 256
         _ = config.data.tokenizer, multiple  # bytes; nothing to round
         rows = SyntheticRows(vocab_size, config.seq_len, config.seed)
-        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size)
+        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size, None)
     stores, tokenizer = open_store(config)
     problems, tokens = [], stores["train"].num_tokens
     if tokens < (1 + config.data.jitter) * config.seq_len + 1:
@@ -48,7 +49,7 @@ def build_data(config) -> Data:
     valid = PackedRows(stores["valid"], config.seq_len, isolate, pad_last=True)
     vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
     return Data(Batches(config, train, config.batch_size), Batches(config, valid, config.eval.batch_size), tokenizer,
-                vocab_size)
+                vocab_size, stores["train"].folder.name)
 
 
 class SyntheticRows:

@@ -34,13 +34,13 @@ class PackedRows:
         at, live_B1 = np.arange(T + 1), store.num_tokens - 1 - start_B[:, None]
         if not self.isolate and live_B1.min() >= T:
             return batch | whole(*batch["tokens"].shape)
+        begins = np.zeros_like(window)  # documents that begin at each token, but for the first of the row
         if self.isolate:
-            at_BT = start_B[:, None] + at
-            document = np.searchsorted(store.document_starts, at_BT, side="right") - 1
-            segments = document - document[:, :1] + 1
-            positions = np.minimum(at_BT - store.document_starts[document], at)
-        else:
-            segments, positions = np.ones_like(window), np.broadcast_to(at, window.shape)
+            starts = store.document_starts  # of the whole split, mapped: only the row's own are read, and found by bisection
+            firsts, ends = (np.searchsorted(starts, at_B, side="right").tolist() for at_B in (start_B, start_B + T))
+            for row, start, first, end in zip(begins, start_B, firsts, ends, strict=True):
+                np.add.at(row, starts[first:end] - start, 1)
+        segments, positions = 1 + np.cumsum(begins, 1), at - np.maximum.accumulate(np.where(begins > 0, at, 0), 1)
         mask = (at[:T] < live_B1) & (segments[:, 1:] == segments[:, :-1])
         return batch | {"segment_ids": np.where(at[:T] < live_B1, segments[:, :-1], 0).astype(np.int32),
                         "positions": positions[:, :-1].astype(np.int32), "loss_mask": mask.astype(np.float32)}

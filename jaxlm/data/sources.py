@@ -1,15 +1,19 @@
-"""Text files -> documents (strings). Where the validation split comes from is decided here too."""
+"""Sources: files, folders, globs and URLs -> documents. What the bytes of a file mean, `jaxlm.data.formats` knows."""
 
 import glob
 import json
 import os
 import pathlib
+import types
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jaxlm.data.formats import UNREADABLE, Bad, Broken, Extent, format_of, lines_before, optional
 from jaxlm.errors import UserError
 
 SHAKESPEARE = pathlib.Path(__file__).parent / "shakespeare" / "input.txt"
+# The keys of config.data that decide what a file's documents are.
+READING = ("document", "text_field", "errors", "on_error", "header", "array_record")
 
 
 class Record(NamedTuple):
@@ -20,87 +24,133 @@ class Record(NamedTuple):
     where: str  # for messages: "file:line", or "file" where the whole file is the document
 
 
+class Skipped:
+    """Records left out by data.on_error=skip: how many, and what was wrong with the first ones."""
+
+    def __init__(self, count: int = 0, first=()):
+        self.count, self.first = count, list(first)
+
+    def add(self, problem: str, count: int = 1) -> None:
+        self.count += count
+        self.first = [*self.first, problem][:20]
+
+
+def reading(config) -> types.SimpleNamespace:
+    """Of a config what `read_records` and `read_texts` look at: small, and it can be sent to another process."""
+    return types.SimpleNamespace(data=types.SimpleNamespace(**{key: getattr(config.data, key) for key in READING}))
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------------
+
+
 def find_files(config, paths: str, key: str) -> list[str]:
-    """ "a.txt,b/*.jsonl" -> the files, sorted within each glob. Raises UserError for what is missing or empty."""
+    """ "a.txt,b/*.jsonl,gs://c/d.parquet,saved_dataset" -> the files, sorted within each glob. Raises UserError for what is
+    missing or empty."""
     files, problems = [], []
-    for part in paths.split(","):
-        part = part.strip()
+    for part in (part.strip() for part in paths.split(",")):
         if part == "shakespeare":
             files.append(str(SHAKESPEARE))
             continue
-        part = os.path.join(config.data.root, part)
-        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
-        if not found or not all(os.path.isfile(f) for f in found):
-            problems.append(f"{key}={part}: no such file; give a text or jsonl file (relative to data.root)")
-        elif empty := [f for f in found if os.path.getsize(f) == 0]:
-            problems.append(f"{key}: {empty[0]} is empty; remove it from the list")
+        part = part if "://" in part else os.path.join(config.data.root, part)
+        found = find_remote(part) if "://" in part else find_local(part)
+        if not found:
+            problems.append(f"{key}={part}: no such file; give a text, jsonl or other file (relative to data.root)")
+        found |= {index: os.path.getsize(index) for file in found if file.endswith(".bin") and "://" not in file
+                  and os.path.isfile(index := file.removesuffix(".bin") + ".idx")}  # Megatron's pair
+        problems += [f"{key}: {file} is empty; remove it from the list" for file, size in found.items() if size == 0][:1]
         files += found
     if problems:
         raise UserError(*problems)
     return files
 
 
-def read_documents(config, files: list[str]) -> Iterator[str]:
-    return (record.text for record in read_records(config, files))
+def find_local(part: str) -> dict[str, int]:
+    """{file: bytes}"""
+    if os.path.isdir(part):
+        return {file: os.path.getsize(file) for file in saved_dataset(part)}
+    found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+    return {file: os.path.getsize(file) for file in found if os.path.isfile(file)}
 
 
-def read_records(config, files: list[str]) -> Iterator[Record]:
-    """One document at a time: a whole text file, a line of it, or a jsonl record, by `config.data.document`."""
-    by_line, field = config.data.document == "line", config.data.text_field
+def find_remote(part: str) -> dict[str, int]:
+    optional("fsspec", part.partition("://")[0] + "://")
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(part)
+        found = sorted(system.glob(path)) if glob.has_magic(path) else [path]
+        infos = {system.unstrip_protocol(file): system.info(file) for file in found if system.isfile(file)}
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"data.path={part}: cannot be looked up ({error}); check the address, and install what its protocol "
+                        "needs") from error
+    return {file: info["size"] or 0 for file, info in infos.items()}
+
+
+def saved_dataset(folder: str) -> list[str]:
+    """The files of what Hugging Face's `Dataset.save_to_disk` wrote."""
+    state, splits = os.path.join(folder, "state.json"), os.path.join(folder, "dataset_dict.json")
+    try:
+        if os.path.isfile(splits):
+            names = json.loads(pathlib.Path(splits).read_text())["splits"]
+            raise UserError(f"data.path={folder}: holds the splits {', '.join(names)}; give one, such as {folder}/{names[0]}")
+        if not os.path.isfile(state):
+            raise UserError(f"data.path={folder}: a folder, but not a saved dataset; give its files: {folder}/*.jsonl")
+        stored = json.loads(pathlib.Path(state).read_text())
+        if "_indices_data_files" in stored and stored["_indices_data_files"]:
+            raise UserError(f"data.path={folder}: saved with an index over its rows; save dataset.flatten_indices()")
+        return [os.path.join(folder, file["filename"]) for file in stored["_data_files"]]
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError(f"data.path={folder}: not a whole saved dataset ({error!r}); save it again") from error
+
+
+# ---- Documents -------------------------------------------------------------------------------------------------------------
+
+
+def read_records(config, files: list[str], skipped: Skipped | None = None) -> Iterator[Record]:
+    """One document at a time: a whole text file, a line of it, or a record, by `config.data.document` and the file's format.
+
+    skipped: counts what data.on_error=skip leaves out. Raises UserError: a record or file that cannot be read (file, line,
+    remedy).
+    """
     for file in files:
-        if file.endswith(".jsonl"):
-            for number, line in enumerate(read_lines(config, file), 1):
-                record = parse_record(line, f"{file}:{number}", field)
-                yield Record(record.pop(field), record, f"{file}:{number}")
-        elif by_line:
-            for number, line in enumerate(read_lines(config, file), 1):
-                if line := line.rstrip("\n"):
-                    yield Record(line, {}, f"{file}:{number}")
+        for number, text, fields in read_extent(config, Extent(file), Skipped() if skipped is None else skipped):
+            yield Record(text, fields, file if number is None else f"{file}:{number}")
+
+
+def read_texts(config, extents, skipped: Skipped) -> Iterator[str]:
+    """The documents of parts of files."""
+    for extent in extents:
+        for _, text, _ in read_extent(config, extent, skipped):
+            yield text
+
+
+def read_extent(config, extent: Extent, skipped: Skipped) -> Iterator[tuple[int | None, str, dict]]:
+    """(number, text, other fields) of each document; lines are numbered from the extent's start."""
+    kind, field = format_of(extent.file), config.data.text_field
+
+    def refuse(number, problem):
+        if number is None:
+            where = extent.file
         else:
-            with open(file, "rb") as source:
-                yield Record(decode(source.read(), config, file, 0), {}, file)
+            where = f"{extent.file}:{number + (lines_before(extent) if kind.numbers == 'lines' else 0)}"
+        if config.data.on_error == "stop":
+            raise UserError(f"{where}: {problem}")
+        skipped.add(f"{where}: {problem}")
 
-
-def read_lines(config, file: str) -> Iterator[str]:
-    offset = 0
-    with open(file, "rb") as source:
-        for line in source:
-            if line.strip():
-                yield decode(line, config, file, offset)
-            offset += len(line)
-
-
-def decode(raw: bytes, config, file: str, offset: int) -> str:
     try:
-        return raw.decode("utf-8", errors=config.data.errors)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: invalid UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); mend the "
-                        "file, or set data.errors=replace") from error
-
-
-def parse_record(line: str, where: str, field: str) -> dict:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); each line of a .jsonl file is one object") from error
-    if not isinstance(record, dict) or not isinstance(record[field] if field in record else None, str):
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no text in field {field!r} (it has: {keys}); set data.text_field")
-    return record
-
-
-def read_splits(config) -> dict[str, list[str]]:
-    """{"train": documents, "valid": documents}: valid is data.valid_path, or the last data.valid_fraction: of the
-    documents where there are several, of the characters where there is one (as nanoGPT cuts Shakespeare)."""
-    documents = list(read_documents(config, find_files(config, config.data.path, "data.path")))
-    if not sum(map(len, documents)):
-        raise UserError(f"data.path={config.data.path}: holds no text; give a file with text")
-    if config.data.valid_path:
-        files = find_files(config, config.data.valid_path, "data.valid_path")
-        return {"train": documents, "valid": list(read_documents(config, files))}
-    keep = 1 - config.data.valid_fraction
-    if len(documents) > 1:
-        cut = min(len(documents) - 1, max(1, int(keep * len(documents))))
-        return {"train": documents[:cut], "valid": documents[cut:]}
-    cut = int(keep * len(documents[0]))
-    return {"train": [documents[0][:cut]], "valid": [documents[0][cut:]]}
+        for number, item in kind.read(config, extent):
+            if isinstance(item, Bad):
+                refuse(number, item)
+            elif isinstance(item, str):
+                yield number, item, {}
+            elif field not in item or not isinstance(item[field], str):
+                refuse(number, f"no text in field {field!r} (it has: {', '.join(item)}); set data.text_field, or "
+                               "data.on_error=skip")
+            else:
+                yield number, item.pop(field), item
+    except Broken as error:
+        refuse(None, f"{error}; fetch it again, or set data.on_error=skip for what was read before")
+    except UNREADABLE as error:
+        what = "is damaged or cut short" if isinstance(error, EOFError) or extent.file.endswith((".gz", ".zst")) else \
+            "cannot be read"
+        refuse(None, f"{what} ({error}); fetch it again, or set data.on_error=skip for what was read before")

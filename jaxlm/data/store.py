@@ -1,120 +1,180 @@
 """The token store: an immutable folder of memory-mapped tokens, made once and found again by its fingerprint.
 
-    <store_dir>/tokens/<fingerprint>/manifest.json tokenizer.json {train,valid}-00000.bin ... {train,valid}-starts.npy
+    <store_dir>/tokens/<fingerprint>/manifest.json tokenizer.json {00000,00001,...}.bin {train,valid}-starts.npy
+
+A split is one long array of ids and the places where its documents start. It lies in ranges of shards; a shard is a file of ids,
+in the folder or, where the source is tokens already, elsewhere.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
+import sys
+import time
 
 import numpy as np
 
-from jaxlm.data.sources import find_files, read_splits
-from jaxlm.data.tokenizers import build_tokenizer, load_tokenizer
+from jaxlm.data.formats import open_binary
+from jaxlm.data.sources import find_files, reading
+from jaxlm.data.tokenizer_files import tokenizer_files
+from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
-from jaxlm.parallel.distributed import main_first
+from jaxlm.parallel.distributed import is_main, main_first
 
-SHARD_TOKENS = 2**28
+VERSION = 2  # of what lies in the folder
 
 
 class TokenStore:
-    """One split, as one long array of token ids, with the places where documents start."""
+    """One split, as one long array of token ids, with the places where documents start.
+
+    manifest["shards"]: [{"file", "dtype", "offset" (bytes), "tokens", ...}]; manifest["splits"][split]: {"tokens", "documents",
+    "bytes" (of text, UTF-8), "ranges": [[shard, first token, end]]}. Nothing is read before it is asked for.
+    """
 
     def __init__(self, folder: pathlib.Path, split: str, manifest: dict):
         info = manifest["splits"][split]
-        self.split, self.num_tokens, self.num_bytes = split, info["tokens"], info["bytes"]
-        self._shards = [np.memmap(folder / name, manifest["dtype"], mode="r") for name in info["shards"]]
-        self._ends = np.cumsum([len(s) for s in self._shards])
-        self.document_starts = np.load(folder / f"{split}-starts.npy", mmap_mode="r")
+        self.folder, self.split, self.num_tokens, self.num_bytes = folder, split, info["tokens"], info["bytes"]
+        self._parts = []
+        for shard, first, end in info["ranges"]:
+            of = manifest["shards"][shard]
+            dtype = np.dtype(of["dtype"])
+            part = np.memmap(folder / of["file"], dtype, "r", of["offset"] + first * dtype.itemsize, (end - first,))
+            self._parts.append(np.asarray(part))  # a plain view is sliced faster
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+        self.document_starts = np.asarray(np.load(folder / f"{split}-starts.npy", mmap_mode="r"))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop), cut off at the end of the split."""
         stop, parts = min(stop, self.num_tokens), []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        at = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            base = self._ends[shard] - len(self._shards[shard])
-            take = min(stop, int(self._ends[shard]))
-            parts.append(self._shards[shard][start - base : take - base])
-            start, shard = take, shard + 1
-        return np.concatenate(parts) if len(parts) != 1 else np.asarray(parts[0])
+            base = self._ends[at] - len(self._parts[at])
+            take = min(stop, int(self._ends[at]))
+            parts.append(self._parts[at][start - base : take - base])
+            start, at = take, at + 1
+        if len(parts) == 1:
+            return np.asarray(parts[0])
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
 
 
 def open_store(config):
     """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer). Builds the store where it does not exist yet."""
-    root = config.data.store_dir or os.environ.get("JAXLM_CACHE") or os.path.expanduser("~/.cache/jaxlm")
-    folder = pathlib.Path(root, "tokens", fingerprint(config))
+    folder, sources = locate_store(config)
+    workers = config.data.workers or len(os.sched_getaffinity(0))
     with main_first("token store"):
         if not (folder / "manifest.json").is_file():
-            build_store(config, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+            from jaxlm.data.building import build_store
+
+            build_store(config, folder, sources, workers)
+    manifest = read_manifest(folder)
+    skipped = manifest["skipped"]
+    if skipped["count"] and is_main():
+        print(f"data: {skipped['count']:,} of {skipped['count'] + sum(s['documents'] for s in manifest['splits'].values()):,} "
+              f"records were left out (data.on_error=skip), all told of in {folder / 'manifest.json'}; the first: "
+              f"{skipped['first'][0]}", file=sys.stderr)
     stores = {split: TokenStore(folder, split, manifest) for split in manifest["splits"]}
     return stores, load_tokenizer((folder / "tokenizer.json").read_text())
 
 
-def fingerprint(config) -> str:
-    """Of the files' contents and every setting that changes the tokens."""
-    d = config.data
-    settings = [d.valid_fraction, d.document, d.text_field, d.errors, d.tokenizer, d.bpe_vocab_size]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    files = find_files(config, d.path, "data.path")
-    files += find_files(config, d.valid_path, "data.valid_path") if d.valid_path else []
-    for file in files + ([d.tokenizer] if os.path.isfile(d.tokenizer) else []):
-        with open(file, "rb") as source:
-            digest.update(b"\0" + hashlib.file_digest(source, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def build_store(config, folder: pathlib.Path) -> None:
-    splits = read_splits(config)
-    tokenizer = build_tokenizer(config, splits["train"] + splits["valid"])
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    several = sum(map(len, splits.values())) > 2
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"data.store_dir={folder.parent}: cannot be written ({error.strerror}); set data.store_dir or "
-                        "$JAXLM_CACHE") from error
-    try:
-        manifest = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "splits": {}}
-        for split, documents in splits.items():
-            manifest["splits"][split] = write_split(temporary, split, documents, tokenizer, dtype, several)
-        (temporary / "tokenizer.json").write_text(tokenizer.to_json())
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+def read_manifest(folder: pathlib.Path) -> dict:
+    """manifest.json, its files checked to be there, whole: what the store's own name vouches for (a shard elsewhere: unchanged).
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        size = shard["offset"] + shard["tokens"] * np.dtype(shard["dtype"]).itemsize
         try:
-            temporary.rename(folder)
-        except OSError:  # another process made the same store first
-            if not (folder / "manifest.json").is_file():
-                raise
-    except OSError as error:
-        raise UserError(f"data.store_dir={folder.parent}: writing failed ({error.strerror}); free space or set "
-                        "data.store_dir") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            there = os.path.getsize(folder / shard["file"])
+        except OSError:
+            there = 0
+        if there < size:
+            raise UserError(f"{folder / shard['file']}: {there:,} of {size:,} bytes are there; remove {folder}, and it is made "
+                            "again")
+    return manifest
 
 
-def write_split(folder, split, documents, tokenizer, dtype, several) -> dict:
-    """Shards of at most SHARD_TOKENS ids; documents end with eos where there are several and the tokenizer has one."""
-    starts, total, shards, digest, out = [], 0, [], hashlib.sha256(), None
-    end = [tokenizer.eos_id] if several and tokenizer.eos_id is not None else []
-    for document in documents:
-        ids = np.concatenate([tokenizer.encode(document), end]).astype(dtype)
-        starts.append(total)
-        while len(ids):
-            if total % SHARD_TOKENS == 0:
-                if out:
-                    out.close()
-                shards.append(f"{split}-{len(shards):05d}.bin")
-                out = open(folder / shards[-1], "wb")
-            piece = ids[: SHARD_TOKENS - total % SHARD_TOKENS]
-            out.write(piece.tobytes())
-            digest.update(piece.tobytes())
-            total, ids = total + len(piece), ids[len(piece):]
-    if out:
-        out.close()
-    np.save(folder / f"{split}-starts.npy", np.array(starts, np.int64))
-    return {"tokens": total, "documents": len(starts), "shards": shards, "sha256": digest.hexdigest(),
-            "bytes": sum(len(d.encode("utf-8", "surrogatepass")) for d in documents)}
+def store_root(config) -> pathlib.Path:
+    root = config.data.store_dir or os.environ.get("JAXLM_CACHE") or os.path.expanduser("~/.cache/jaxlm")
+    return pathlib.Path(root, "tokens")
+
+
+# ---- Which store -----------------------------------------------------------------------------------------------------------
+
+
+def locate_store(config) -> tuple[pathlib.Path, dict[str, dict[str, dict]]]:
+    """-> its folder, {"train" or "valid": {file: {"sha256", "bytes", "state"}}}. The folder's name is a fingerprint of the
+    files' contents and every setting that changes the tokens."""
+    d = config.data
+    splits = {"train": find_files(config, d.path, "data.path")}
+    if d.valid_path:
+        splits["valid"] = find_files(config, d.valid_path, "data.valid_path")
+    root = store_root(config)
+    others = tokenizer_files(d.tokenizer)
+    facts = content_of([file for files in splits.values() for file in files] + others, root)
+    settings = [VERSION, d.valid_fraction, d.tokenizer if not others else "", d.bpe_vocab_size, list(d.special_tokens),
+                vars(reading(config).data)]
+    contents = [[facts[file]["sha256"] for file in files] for files in (*splits.values(), others)]
+    digest = hashlib.sha256(json.dumps([settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+    return root / digest, {split: {file: facts[file] for file in files} for split, files in splits.items()}
+
+
+def fingerprint(config) -> str:
+    return locate_store(config)[0].name
+
+
+def changed_sources(config, old: str, new: str) -> list[str]:
+    """Which files differ between two stores, by their fingerprints."""
+    try:
+        before, after = (json.loads((store_root(config) / name / "manifest.json").read_text())["sources"] for name in (old, new))
+    except (OSError, ValueError):
+        return [f"store {old} -> {new}"]
+    told = lambda of, file: f"sha256 {of[file]['sha256'][:12]}" if file in of else "not there"
+    return [f"{file}: {told(before, file)} -> {told(after, file)}" for file in sorted(before | after)
+            if told(before, file) != told(after, file)] or [f"store {old} -> {new}"]
+
+
+def content_of(files: list[str], root: pathlib.Path) -> dict[str, dict]:
+    """{file: {"sha256", "bytes", "state"}}. What was hashed once is not read again while size, times and inode (elsewhere: what
+    the file system says of the object) stay the same; a file that was touched just now is, as it may change unseen."""
+    memory = root / f"hashes-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    began, states = time.time(), {file: state_of(file) for file in files}
+    facts = {file: known[file] for file, (state, _) in states.items() if file in known and known[file]["state"] == state}
+    new = [file for file in states if file not in facts]
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for file, (digest, size) in zip(new, pool.map(hash_file, new), strict=True):
+            facts[file] = {"sha256": digest, "bytes": size, "state": states[file][0]}
+    lasting = {file: fact for file, fact in facts.items() if states[file][1] < began - 2}
+    if lasting != known:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            temporary = memory.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(lasting))
+            temporary.replace(memory)
+        except OSError:
+            pass  # then they are hashed again next time
+    return facts
+
+
+def state_of(file: str) -> tuple[str, float]:
+    """(what is another if the file is another, when it was last changed)."""
+    if "://" not in file:
+        found = os.stat(file)
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}", max(found.st_mtime, found.st_ctime)
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(file)
+    return str(system.ukey(path)), 0.0
+
+
+def hash_file(file: str) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    with open_binary(file) as source:
+        while block := source.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return digest.hexdigest(), size

@@ -1,7 +1,10 @@
-"""Tokenizers: text <-> ids. Each has vocab_size, eos_id (or None), encode, decode and to_json."""
+"""Tokenizers: text <-> ids. Those of files (tokenizer.json, .model, vocab.txt, a folder) are opened by `tokenizer_files`."""
 
+import base64
+import io
 import json
-import pathlib
+import os
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,29 +15,57 @@ TOKENIZERS = Registry("tokenizer", key="data.tokenizer")
 EOS = "<|endoftext|>"
 
 
-def build_tokenizer(config, documents: list[str]):
-    """From config.data.tokenizer: a registered name, or the path of a tokenizer.json. `documents` are what it may learn
-    from (all splits: an id must exist for every character that occurs)."""
+def build_tokenizer(config, documents: Iterable[str]):
+    """From config.data.tokenizer: a registered name, or the path of a file or folder. `documents` are what it may learn from
+    (all splits: an id must exist for every character that occurs); they are read once, one at a time."""
     name = config.data.tokenizer
     if name in TOKENIZERS:
         return TOKENIZERS[name].train(config, documents)
-    if not pathlib.Path(name).is_file():
+    if not os.path.exists(name):
         raise UserError(f"data.tokenizer={name!r}: neither a file nor a tokenizer; "
                         + did_you_mean(name, [*TOKENIZERS, "tokenizer.json (a path)"]))
-    return HuggingFaceTokenizer(pathlib.Path(name).read_text())
+    from jaxlm.data.tokenizer_files import open_tokenizer
+
+    return open_tokenizer(name)
+
+
+def learns(config) -> bool:
+    """Whether the tokenizer is made of the text."""
+    name = config.data.tokenizer
+    return name in TOKENIZERS and TOKENIZERS[name].learns
 
 
 def load_tokenizer(text: str):
     """The inverse of `to_json`."""
     stored = json.loads(text)
-    return TOKENIZERS[stored["kind"]](stored["state"])
+    tokenizer = TOKENIZERS[stored["kind"]](stored["state"])
+    tokenizer.chat_template = stored["chat_template"]
+    return tokenizer
+
+
+class Tokenizer:
+    """What each has: vocab_size, eos_id (ends a document; None: it has no such id), encode, decode, kind, state."""
+
+    learns = False  # train() reads the documents
+    chat_template = ""  # Jinja text that makes a conversation one text, where the tokenizer came with one
+
+    @classmethod
+    def train(cls, config, documents: Iterable[str]):
+        raise UserError(f"data.tokenizer={config.data.tokenizer}: is not made of text; give the path of its file")
+
+    def encode_batch(self, texts: list[str]) -> list:
+        """The ids of each text; in parallel where the tokenizer can."""
+        return [self.encode(text) for text in texts]
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "state": self.state, "chat_template": self.chat_template})
 
 
 @TOKENIZERS.register("byte")
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and one id that ends a document."""
 
-    vocab_size, eos_id = 257, 256
+    kind, state, vocab_size, eos_id = "byte", None, 257, 256
 
     def __init__(self, state=None):
         pass
@@ -46,27 +77,27 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, special: bool = False) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
-
-    def to_json(self) -> str:
-        return json.dumps({"kind": "byte", "state": None})
 
 
 @TOKENIZERS.register("char")
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """The characters that occur in the text, in code-point order. One document: no end token (it would never occur)."""
 
-    eos_id = None
+    kind, eos_id, learns = "char", None, True
 
     def __init__(self, state: str):
-        self.characters = state
+        self.state = state
         self.codes = np.frombuffer(state.encode("utf-32-le"), np.uint32)
         self.vocab_size = len(self.codes)
 
     @classmethod
     def train(cls, config, documents):
-        return cls("".join(sorted(set().union(*documents))))
+        characters = set()
+        for document in documents:
+            characters.update(document)
+        return cls("".join(sorted(characters)))
 
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -76,15 +107,15 @@ class CharTokenizer:
                             f"{self.vocab_size}; leave it out, or train with data.tokenizer=byte")
         return ids.astype(np.uint32 if self.vocab_size > 2**16 else np.uint16)
 
-    def decode(self, ids) -> str:
-        return "".join(self.characters[int(i)] for i in ids)
-
-    def to_json(self) -> str:
-        return json.dumps({"kind": "char", "state": self.characters})
+    def decode(self, ids, special: bool = False) -> str:
+        return "".join(self.state[int(i)] for i in ids)
 
 
-class HuggingFaceTokenizer:
+@TOKENIZERS.register("huggingface")
+class HuggingFaceTokenizer(Tokenizer):
     """Any tokenizer.json, through the `tokenizers` library."""
+
+    kind = "huggingface"
 
     def __init__(self, state: str):
         import tokenizers
@@ -93,7 +124,9 @@ class HuggingFaceTokenizer:
             self.inner = tokenizers.Tokenizer.from_str(state)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer: not a tokenizer.json ({error})") from error
-        self.vocab_size = self.inner.get_vocab_size()
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.vocab_size = 1 + max(self.inner.get_vocab().values(), default=-1)  # ids may have gaps
         ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
 
@@ -101,16 +134,23 @@ class HuggingFaceTokenizer:
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.uint32 if self.vocab_size > 2**16 else np.uint16)
 
-    def decode(self, ids) -> str:
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+    def encode_batch(self, texts: list[str]) -> list:
+        return [encoding.ids for encoding in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def to_json(self) -> str:
-        return json.dumps({"kind": "bpe", "state": self.inner.to_str()})
+    def decode(self, ids, special: bool = False) -> str:
+        """special: special tokens are shown too."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    @property
+    def state(self) -> str:
+        return self.inner.to_str()
 
 
 @TOKENIZERS.register("bpe")
 class BPETokenizer(HuggingFaceTokenizer):
     """Byte-level BPE trained on the text (Sennrich et al., arXiv:1508.07909), by the `tokenizers` library."""
+
+    learns = True
 
     @classmethod
     def train(cls, config, documents):
@@ -119,7 +159,75 @@ class BPETokenizer(HuggingFaceTokenizer):
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=config.data.bpe_vocab_size, special_tokens=[EOS], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        inner.train_from_iterator(documents, trainer)
+        inner.train_from_iterator(documents, trainers.BpeTrainer(
+            vocab_size=config.data.bpe_vocab_size, special_tokens=[EOS, *config.data.special_tokens], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         return cls(inner.to_str())
+
+
+@TOKENIZERS.register("sentencepiece")
+class SentencePieceTokenizer(Tokenizer):
+    """A .model of Google's SentencePiece, by its own library. state: the file, in base64."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, state: str):
+        from jaxlm.data.formats import optional
+
+        sentencepiece = optional("sentencepiece", ".model")
+        self.state = state
+        try:
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(state))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"data.tokenizer: not a SentencePiece .model ({error})") from error
+        self.vocab_size = self.inner.get_piece_size()
+        self.eos_id = None if self.inner.eos_id() < 0 else self.inner.eos_id()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.inner.encode(text), np.uint32 if self.vocab_size > 2**16 else np.uint16)
+
+    def encode_batch(self, texts: list[str]) -> list:
+        return self.inner.encode(texts, num_threads=1)
+
+    def decode(self, ids, special: bool = False) -> str:
+        """special: control pieces such as </s>, which stand for no text, are shown too."""
+        ids, out, run = [int(i) for i in ids], [], []
+        if not special:
+            return self.inner.decode(ids)
+        for i in ids:
+            if self.inner.is_control(i):
+                out += [self.inner.decode(run), self.inner.id_to_piece(i)]
+                run = []
+            else:
+                run.append(i)
+        return "".join([*out, self.inner.decode(run)])
+
+
+@TOKENIZERS.register("unigram")
+class UnigramTokenizer(SentencePieceTokenizer):
+    """A unigram language model trained on the text (Kudo, arXiv:1804.10959), by SentencePiece: unlike that of `tokenizers`, its
+    training gives the same model each time. What is in no piece becomes bytes, so every text comes back as it was, but for
+    U+2581, which stands for the space."""
+
+    learns = True
+
+    @classmethod
+    def train(cls, config, documents):
+        from jaxlm.data.formats import optional
+
+        sentencepiece, model = optional("sentencepiece", "data.tokenizer=unigram:"), io.BytesIO()
+        sentencepiece.set_random_generator_seed(0)  # of the lines it takes, where there are more than it wants
+        lines = (line for document in documents for line in document.splitlines())
+        lines = (line[i : i + 1024] for line in lines for i in range(0, len(line), 1024))
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, model_type="unigram", vocab_size=config.data.bpe_vocab_size,
+                byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, eos_piece=EOS, bos_id=-1, pad_id=-1,
+                user_defined_symbols=list(config.data.special_tokens), hard_vocab_limit=False, input_sentence_size=1_000_000,
+                num_threads=8,  # part of the result: sums are taken thread by thread
+                minloglevel=2)
+        except RuntimeError as error:
+            raise UserError(f"data.tokenizer=unigram: training failed ({error}); change data.bpe_vocab_size, or give more "
+                            "text") from error
+        return cls(base64.b64encode(model.getvalue()).decode())

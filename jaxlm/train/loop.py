@@ -70,7 +70,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     if unread := config.unread(default.get_config(), overrides):
         raise UserError(*unread)
     compiled = load_executable(executable, program) if executable else None
-    share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options), "run directory")
+    share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options, data.fingerprint),
+          "run directory")
     alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
     process_log.write(about_processes())

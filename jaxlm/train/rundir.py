@@ -8,16 +8,18 @@ import pathlib
 import subprocess
 
 from jaxlm.config import diff, fingerprint
+from jaxlm.data.store import changed_sources
 from jaxlm.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy", "tokenizers")
 
 
-def open_run_directory(workdir: str, config, allow_config_change: bool, compiler_options: dict) -> None:
+def open_run_directory(workdir: str, config, allow_config_change: bool, compiler_options: dict,
+                       data: str | None = None) -> None:
     """Make the directory and write config.json, or check that the one there is the same experiment; if only what does not
     make the experiment changed (the mesh, say), it tells of the new values.
 
-    Raises UserError: not writable, or another config (with the diff).
+    data: `jaxlm.data.loader.Data.fingerprint`. Raises UserError: not writable, another config (with the diff), or other text.
     """
     file = pathlib.Path(workdir, "config.json")
     values = json.loads(config.to_json())
@@ -32,11 +34,16 @@ def open_run_directory(workdir: str, config, allow_config_change: bool, compiler
         if changes and not allow_config_change:
             raise UserError(f"{workdir}: belongs to another config ({'; '.join(changes)}); use another --workdir, "
                             "or --allow_config_change to go on with the new one")
-        if old == values:
+        known = stored["data"] if "data" in stored else None
+        if not allow_config_change and known not in (None, data):
+            raise UserError(f"{workdir}: its text is no longer what it was when the run began "
+                            f"({'; '.join(changed_sources(config, known, data))}); put the old text back, use another "
+                            "--workdir, or --allow_config_change to go on with the new one")
+        if old == values and known == data:
             return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"config": values, "fingerprint": fingerprint(config), "commit": git_commit(),
+        write_json(file, {"config": values, "fingerprint": fingerprint(config), "data": data, "commit": git_commit(),
                           "started": started, "compiler_options": compiler_options,
                           "packages": {p: importlib.metadata.version(p) for p in PACKAGES}})
     except OSError as error:
