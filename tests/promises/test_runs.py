@@ -132,6 +132,19 @@ def test_a_changed_config_is_refused_with_the_diff(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_a_text_that_changed_since_the_run_began_is_refused_by_its_name(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    args = (f"--config.data.path={text}", "--config.steps=2", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0")
+    assert train(tmp_path / "t", *args).returncode == 0
+    text.write_text("the quick brown fox jumps over the lazy cat\n" * 200)
+    result = train(tmp_path / "t", *args)
+    assert result.returncode == 2 and "its text is no longer what it was when the run began" in result.stderr, result.stderr
+    assert f"{text}: sha256 " in result.stderr and "--allow_config_change" in result.stderr
+    result = jaxlm("data", "inspect", f"--workdir={tmp_path / 't'}", "--step=1")
+    assert result.returncode == 2 and f"{text}: sha256 " in result.stderr, result.stderr
+
+
 def test_divergence_exits_3_and_names_the_tensor(tmp_path):
     result = train(tmp_path / "e", "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30",
                    "--config.optimizer.clip_norm=0.0", "--config.optimizer.groups=(('.*', 1.0, 0.0),)")
@@ -147,12 +160,14 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     first, second = jaxlm(*generate), jaxlm(*generate)
     assert first.returncode == 0 and first.stdout == second.stdout and len(first.stdout) == 45, first.stderr
     assert jaxlm("report", f"--workdir={finished}").returncode == 0
+    result = jaxlm("data", "inspect", f"--workdir={finished}", "--step=8", "--rows=0")
+    assert result.returncode == 0 and result.stdout.startswith("step 8, epoch 0: 4 of 4 rows"), result.stderr
     assert "self-test passed" in jaxlm("doctor").stdout
     result = jaxlm("bench", "--config=configs/llama3_8b.py:debug", "--json", "--warmup=1", "--blocks=2", "--block_steps=2")
     assert result.returncode == 0 and set(json.loads(result.stdout)) == {  # one object, and nothing beside it
         "tokens_per_second", "step_seconds", "mfu", "mfu_palm", "matmul_ceiling_tflops", "peak_memory_bytes", "compile_seconds",
         "device", "config_fingerprint", "commit"}, result.stderr
-    for verb in ("train", "eval", "generate", "plan", "bench", "report", "doctor"):
+    for verb in ("train", "eval", "generate", "data", "plan", "bench", "report", "doctor"):
         text = jaxlm(verb, "--help").stdout
         assert 3 < text.count("\n") <= 40, verb
 
