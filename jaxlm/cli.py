@@ -433,6 +433,9 @@ def run_data_prepare(args):
     runner = RUNNERS[args.runner](args.workers, args.runner_options)
     card = prepare(config, args.out, runner, args.overrides)
     start, end = card["input"], card["output"]
+    if skipped := start["skipped"]["count"]:
+        print(f"{skipped:,} records could not be read and were left out (data.on_error=skip); the first: "
+              f"{start['skipped']['first'][0]}", file=sys.stderr)
     print(f"{start['documents']:,} documents, {start['characters']:,} characters -> {end['documents']:,} documents, "
           f"{end['characters']:,} characters; {args.out}/card.html")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from jaxlm.data.cleaning.decontamination import write_index
 from jaxlm.data.cleaning.gopher import duplicate_ngram_share, top_ngram_share
 from jaxlm.data.cleaning.pii import iban, luhn, resident
 from jaxlm.data.cleaning.step import STEPS, Context, Removed, register_all
@@ -216,6 +217,29 @@ def test_language():
     assert run("language", PROSE, {"url": "u"})[0].fields["url"] == "u"
     with pytest.raises(UserError, match="prepare.language.keep: 'english'"):
         run("language", "a", keep=("english",))
+
+
+def test_decontamination_of_long_short_and_chinese_texts(tmp_path):
+    """13 words, or the whole of a shorter text of at least 8; of Chinese 20 characters, or at least 12."""
+    words = distinct(40, seed=7)
+    english = [" ".join(words[:20]), " ".join(words[20:28]), " ".join(words[30:37])]
+    (tmp_path / "q.txt").write_text("\n".join([*english, "一二三四五六七八九十百千", "山水风云天地日月星辰草木鸟兽虫鱼花果江河湖海"]))
+    config = default.get_config()
+    config.data.root, config.prepare.decontaminate.paths = str(tmp_path), "q.txt"
+    register_all(config)
+    write_index(config, tmp_path / "decontaminate.npz")
+    step = STEPS["decontaminate"](config.prepare.decontaminate, Context(config, str(tmp_path), Counter()))
+
+    def found(text):
+        after = step(Record(text, {}, "here"))
+        return after.detail.rpartition(":")[2] if isinstance(after, Removed) else None
+
+    assert found(" ".join(["Before,", *words[5:18], "after."]).upper()) == "1"
+    assert found("x " + ", ".join(words[5:17]) + " x") is None
+    assert found("x " + "-".join(words[20:28])) == "2" and found(" ".join(words[20:27])) is None
+    assert found(" ".join(words[30:37])) is None  # too short to look for
+    assert found("前" + "一二三四五六七八九十，百千" + "后") == "4"
+    assert found("山水风云天地日月星辰草木鸟兽虫鱼花果江河") == "5" and found("山水风云天地日月星辰草木鸟兽虫鱼花果江") is None
 
 
 def test_words_of_any_script():

@@ -270,6 +270,25 @@ def test_a_broken_source_stops_with_its_line_and_goes_on_when_mended(tmp_path):
     assert [document["text"] for document in documents(out)] == ["good", "whole"]
 
 
+def test_any_format_and_what_cannot_be_read_is_counted(corpus, reference, tmp_path):
+    """As gzip and zstandard, one of them in parts of a file, with two broken lines: the same documents, and the lines named."""
+    import gzip
+
+    import zstandard
+
+    lines = (corpus / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[:10], b'{"text": 3}\n', *lines[10:], b"{half\n"]))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress((corpus / "b.jsonl").read_bytes()))
+    (tmp_path / "questions.jsonl.gz").write_bytes(gzip.compress((corpus / "questions.jsonl").read_bytes()))
+    keys = ("data.path=a.jsonl,b.jsonl.zst", "data.on_error=skip", "prepare.decontaminate.paths=questions.jsonl.gz")
+    card = prepare(config_of(tmp_path, *keys), str(tmp_path / "out"), LocalRunner(1, ""))
+    assert [document["text"] for document in documents(tmp_path / "out")] == [d["text"] for d in documents(reference)]
+    skipped = card["input"]["skipped"]
+    assert skipped["count"] == 2
+    assert "a.jsonl:11: no text" in skipped["first"][0] and "a.jsonl:22: not JSON" in skipped["first"][1]
+    assert documents(tmp_path / "out")[19]["source"] == "a.jsonl:21"  # lines are counted from the file's start
+
+
 def test_training_takes_the_config_and_the_outcome(corpus, reference):
     """One file may say how data is cleaned and what trains on it: training does not ask who reads `prepare`."""
     from configs import default

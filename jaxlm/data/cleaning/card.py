@@ -55,7 +55,9 @@ def make_card(config, results: dict, segments) -> dict:
     gone = {"documents": 0, "characters": 0}
     return {
         "input": {"documents": sum(c["documents"] for c in sources_in.values()),
-                  "characters": sum(c["characters"] for c in sources_in.values()), "lengths": total(read, "lengths")},
+                  "characters": sum(c["characters"] for c in sources_in.values()), "lengths": total(read, "lengths"),
+                  "skipped": {"count": sum(r["skipped"]["count"] for r in read),
+                              "first": [problem for r in read for problem in r["skipped"]["first"]][:20]}},
         "steps": order,
         "output": {**output, "tokenizer": config.prepare.count_tokens or None, "lengths": total(last, "lengths"),
                    "languages": nested(last, "languages")},
@@ -105,7 +107,7 @@ def page(card: dict, samples: dict, name: str) -> str:
 <div class="tiles">{"".join(tile(*t) for t in tiles)}</div>
 <h2>What each step did</h2>{funnel(card)}
 <div class="charts" style="margin-top:14px">{lengths(start["lengths"], end["lengths"])}{languages(end["languages"])}</div>
-<h2>Sources</h2>{sources(card["sources"])}
+<h2>Sources</h2>{sources(card["sources"])}{skipped(start["skipped"])}
 <h2>What was removed</h2>{dropped or '<p class="dim">nothing</p>'}
 <h2>Config</h2><table>{"".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(json.dumps(v, ensure_ascii=False))}</td></tr>"
                                for k, v in card["config"].items())}</table>
@@ -179,6 +181,14 @@ def sources(found: dict) -> str:
     more = f'<p class="dim">and {len(found) - SHOWN:,} more in card.json</p>' if len(found) > SHOWN else ""
     return ('<div class="scroll"><table class="sources"><tr><th>file</th><th class="n">documents in</th><th class="n">out</th>'
             f'<th class="n">characters in</th><th class="n">out</th></tr>{rows}</table></div>{more}')
+
+
+def skipped(found: dict) -> str:
+    """Records that could not be read (data.on_error=skip)."""
+    if not found["count"]:
+        return ""
+    shown = "".join(f"<pre>{html.escape(problem)}</pre>" for problem in found["first"])
+    return f"<details><summary><b>{found['count']:,} records could not be read</b> and were left out</summary>{shown}</details>"
 
 
 def removed(step: dict, samples: dict) -> str:

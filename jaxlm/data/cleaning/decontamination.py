@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxlm.data.cleaning.step import STEPS, Removed
 from jaxlm.data.cleaning.words import hash_ngrams, hash_words, is_han, ngram_size, units
-from jaxlm.data.sources import find_files, read_lines
+from jaxlm.data.formats import UNREADABLE, Bad, Broken, Extent, format_of
+from jaxlm.data.sources import find_files, reading
 from jaxlm.errors import UserError
 
 
@@ -79,15 +80,16 @@ def write_index(config, path: pathlib.Path) -> None:
 
 
 def evaluation_texts(config, file: str) -> Iterator[tuple[int, str]]:
-    """(line, text): of a jsonl file every string inside its objects, whatever its key; of any other, every line."""
-    for number, line in enumerate(read_lines(config, file), 1):
-        if ".jsonl" in pathlib.Path(file).name:
-            try:
-                yield from ((number, text) for text in strings(json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: not JSON ({error}); each line of a .jsonl file is one object") from error
-        else:
-            yield number, line
+    """(number, text): of a text file its lines; of records every string in them, whatever its key."""
+    settings = reading(config)
+    settings.data.document = "line"
+    try:
+        for number, item in format_of(file).read(settings, Extent(file)):
+            if isinstance(item, Bad):
+                raise UserError(f"{file}:{number}: {item}")
+            yield from ((number, text) for text in strings(item))
+    except (Broken, *UNREADABLE) as error:
+        raise UserError(f"{file}: cannot be read ({error}); fetch it again") from error
 
 
 def strings(value) -> Iterator[str]:

@@ -26,17 +26,16 @@ from jaxlm.config import flatten
 from jaxlm.data.cleaning import matching
 from jaxlm.data.cleaning.card import write_card
 from jaxlm.data.cleaning.decontamination import evaluation_files, write_index
+from jaxlm.data.cleaning.reading import file_of, group, name_of, read_sources
 from jaxlm.data.cleaning.shards import SketchWriter, line_writer, read_lines, read_rows, read_shard, write_json
 from jaxlm.data.cleaning.step import CORPUS_STEPS, STEPS, Context, Removed, register_all
-from jaxlm.data.sources import find_files, read_records
+from jaxlm.data.sources import READING, find_files
+from jaxlm.data.store import state_of
 from jaxlm.data.tokenizers import build_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.observe.progress import compact, duration
 from jaxlm.registry import did_you_mean
 
-# Keys of config.data that say what becomes of the text later, or where things lie.
-LATER = ("root", "store_dir", "tokenizer", "bpe_vocab_size", "valid_path", "valid_fraction", "isolate_documents", "shuffle",
-         "jitter", "prefetch", "source")
 EXCERPT = 400  # characters of a removed document that are kept to look at
 
 
@@ -147,17 +146,11 @@ def unused(config, steps, given: set[str]) -> list[str]:
 
 def plan_of(config, files) -> dict:
     """What decides every byte of the outcome."""
-    keys = {key: value for key, value in flatten(config).items()
-            if key.startswith("prepare.") or key.startswith("data.") and key.removeprefix("data.") not in LATER}
+    reading = {f"data.{key}" for key in READING}
+    keys = {key: value for key, value in flatten(config).items() if key.startswith("prepare.") or key in reading}
     evaluation = evaluation_files(config) if "decontaminate" in config.prepare.steps else []
-    stat = lambda file: [name_of(config, file), os.path.getsize(file), os.stat(file).st_mtime_ns]
-    return json.loads(json.dumps({"keys": keys, "files": [stat(file) for file in [*files, *evaluation]]}))
-
-
-def name_of(config, where: str) -> str:
-    """A source's name as the outcome tells it: relative to data.root, so that it is the same on every machine."""
-    root = os.path.join(config.data.root, "") if config.data.root else ""
-    return where.removeprefix(root)
+    states = [[name_of(config, file), state_of(file)[0]] for file in [*files, *evaluation]]
+    return json.loads(json.dumps({"keys": keys, "files": states}))
 
 
 def claim(job: Job, plan: dict) -> None:
@@ -175,8 +168,7 @@ def work(job: Job, files, segments, runner) -> None:
     p = job.config.prepare
     if "decontaminate" in p.steps and not job.path("decontaminate.npz").exists():
         write_index(job.config, job.path("decontaminate.npz"))
-    groups = group_files(files, p.shard_characters)
-    read = run_stage(job, runner, "read", read_sources, list(enumerate(groups)))
+    read = run_stage(job, runner, "read", read_sources, list(enumerate(group(job.config, files))))
     shards = [shard for result in read for shard in result["shards"]]
     results, sources = {"read": read}, list(enumerate(shards))
     for number, segment in enumerate(segments):
@@ -228,52 +220,6 @@ def attempt(job: Job, stage: str, function, item) -> int:
         result = {"problems": list(error.problems)}
     write_json(job.result(stage, item[0]), result)
     return result["documents"] if "documents" in result else 0
-
-
-def group_files(files: list[str], size: int) -> list[list[str]]:
-    """Small files together, so that a unit has about one shard to read; a large one makes several shards."""
-    groups, room = [], 0
-    for file in files:
-        bytes_ = os.path.getsize(file)
-        if not groups or bytes_ > room:
-            groups.append([])
-            room = size
-        groups[-1].append(file)
-        room -= bytes_
-    return groups
-
-
-def read_sources(job: Job, number: int, files: list[str]) -> dict:
-    """Shards of at least `prepare.shard_characters` (the last of a group may be smaller). Where `prepare.split_at` matches
-    in a document, a new one begins."""
-    config, shards, sources, lengths = job.config, [], defaultdict(Counter), Counter()
-    split = re.compile(config.prepare.split_at, re.MULTILINE) if config.prepare.split_at else None
-    records = (piece for file in files for record in read_records(config, [file]) for piece in pieces(record, split, file))
-    record = next(records, None)
-    while record is not None:
-        name, characters = f"read/{number:06d}-{len(shards):06d}.jsonl.zst", 0
-        with line_writer(job.path(name)) as write:
-            while record is not None and characters < config.prepare.shard_characters:
-                (text, fields, where), file = record
-                fields = {"source": name_of(config, where), **fields}  # an earlier cleaning may have told it already
-                write([text, fields, name_of(config, where)])
-                characters += len(text)
-                sources[name_of(config, file)].update(documents=1, characters=len(text))
-                lengths[len(text).bit_length()] += 1
-                record = next(records, None)
-        shards.append(name)
-    return {"shards": shards, "documents": sum(c["documents"] for c in sources.values()), "sources": sources,
-            "lengths": lengths}
-
-
-def pieces(record, split, file):
-    starts = [match.start() for match in split.finditer(record.text)] if split else []
-    cuts = sorted({0, *starts, len(record.text)})
-    if len(cuts) <= 2:
-        yield record, file
-        return
-    for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
-        yield record._replace(text=record.text[start:stop], where=f"{record.where}#{number}"), file
 
 
 def sketcher_of(job: Job, segment: Segment):
@@ -369,7 +315,7 @@ class Outcome:
         self.lengths[size.bit_length()] += 1
         if "language" in record.fields:
             self.languages[record.fields["language"]].update(documents=1, characters=size)
-        self.sources[re.sub(r"(:\d+)?(#\d+)?$", "", record.where)].update(documents=1, characters=size)
+        self.sources[file_of(record.where)].update(documents=1, characters=size)
 
     def as_json(self) -> dict:
         return {"documents": self.documents, "characters": self.characters, "bytes": self.bytes, "tokens": self.tokens,
