@@ -223,7 +223,8 @@ def test_decontamination_of_long_short_and_chinese_texts(tmp_path):
     """13 words, or the whole of a shorter text of at least 8; of Chinese 20 characters, or at least 12."""
     words = distinct(40, seed=7)
     english = [" ".join(words[:20]), " ".join(words[20:28]), " ".join(words[30:37])]
-    (tmp_path / "q.txt").write_text("\n".join([*english, "一二三四五六七八九十百千", "山水风云天地日月星辰草木鸟兽虫鱼花果江河湖海"]))
+    chinese = "一二三四五六七八九十百千"
+    (tmp_path / "q.txt").write_text("\n".join([*english, chinese, "山水风云天地日月星辰草木鸟兽虫鱼花果江河湖海"]))
     config = default.get_config()
     config.data.root, config.prepare.decontaminate.paths = str(tmp_path), "q.txt"
     register_all(config)

@@ -231,6 +231,19 @@ def test_no_document_left(tmp_path):
     assert "too few characters" in (tmp_path / "out" / "card.html").read_text()
 
 
+def test_a_step_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_steps.py").write_text(
+        "from jaxlm.data.cleaning.step import STEPS, Removed\n"
+        "@STEPS.register('shout')\n"
+        "def build(options, context):\n"
+        "    return lambda record: Removed('quiet') if record.text.islower() else record._replace(text=record.text + '!')\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "Loud"}\n{"text": "still"}\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = plain_config(tmp_path, "data.path=a.jsonl", "imports=('my_steps',)", "prepare.steps=('shout',)")
+    card = prepare(config, str(tmp_path / "out"), LocalRunner(1, ""))
+    assert [d["text"] for d in documents(tmp_path / "out")] == ["Loud!"] and card["steps"][0]["removed"] == {"quiet": 1}
+
+
 def problems(corpus, *overrides, out="nowhere"):
     with pytest.raises(UserError) as error:
         given = [f"--config.{o}" for o in overrides]
