@@ -147,6 +147,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.jitter = False  # move the row grid by a random offset each epoch, so that rows are new
     c.data.prefetch = 2  # batches made ready ahead of the step
 
+    c.prepare = prepare()
+
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, muon, lion, adafactor, adan, novograd, rmsprop, sgd, ...: jaxlm/optimizers/
     c.optimizer.learning_rate = 3e-4
@@ -228,6 +230,96 @@ def get_config(arg: str = "") -> ConfigDict:
     c.observe.peer_seconds = 60.0  # another process silent for this long is lost: all end, exit 1
     c.observe.join_seconds = 300.0  # at start, time for all processes to come
     return c
+
+
+def prepare() -> ConfigDict:
+    """Of `jaxlm data prepare`: cleans what data.path names (docs/cleaning.md). Training reads none of it."""
+    p = ConfigDict()
+    # In this order: unicode, html, pii, punctuation, stop_words, c4, length, quality, repetition, language, exact_duplicates,
+    # near_duplicates, decontaminate
+    p.steps = ("unicode", "html", "length", "repetition", "exact_duplicates", "near_duplicates")
+    p.split_at = ""  # a regex; a new document begins where it matches, ^ being the start of a line: "^Chapter "
+    p.shard_characters = 2**25  # of a shard of work; nothing else is held in memory
+    p.format = "jsonl.zst"  # of the outcome: jsonl.zst, jsonl
+    p.count_tokens = ""  # for the data card: byte, or the path of a tokenizer.json; empty: not counted
+    p.samples = 20  # removed documents kept to look at, for each reason; what decontamination removed is listed in full
+
+    p.unicode = ConfigDict()
+    p.unicode.repair = True  # wrongly decoded text (mojibake), by ftfy
+    p.unicode.form = "NFC"  # NFC, NFKC (also full width to half width, ligatures to letters), none
+    p.unicode.remove_invisible = True  # control, zero-width, direction, private-use characters; one kind of line end
+    p.unicode.tidy_blanks = True  # one kind of blank, none at line ends, at most one empty line
+
+    p.html = ConfigDict()
+    p.html.main_content = True  # of whole pages: without navigation, footers and the like
+
+    p.pii = ConfigDict()
+    p.pii.kinds = ("email", "id", "ssn", "iban", "card", "ip", "phone")  # masked: [EMAIL] ...; numbers if their check digit fits
+
+    p.punctuation = ConfigDict()
+    p.punctuation.keep_inside_words = True  # don't, well-known
+
+    p.stop_words = ConfigDict()
+    p.stop_words.languages = ("en", "zh")  # the lists of jaxlm/data/cleaning/stop_words
+    p.stop_words.file = ""  # more words, one a line
+    p.stop_words.whole_words = False  # Chinese too only between blanks or punctuation: for text that was cut into words
+
+    p.c4 = ConfigDict()
+    p.c4.terminal_punctuation = True  # lines that end in none are removed
+    p.c4.min_line_words = 5  # shorter lines are removed
+    p.c4.min_sentences = 3  # documents with fewer are
+    p.c4.no_javascript = True  # lines with the word are removed
+    p.c4.no_policy = True  # lines with "privacy policy", "use cookies" ... are
+    p.c4.no_citations = True  # [1], [edit], [citation needed] are
+    p.c4.no_lorem_ipsum = True  # documents with it are
+    p.c4.no_curly_bracket = True  # documents with { are
+    p.c4.bad_words_file = ""  # documents with one of these words or phrases, one a line, are
+
+    p.length = ConfigDict()  # 0: no bound
+    p.length.min_characters = 1
+    p.length.max_characters = 0
+    p.length.min_words = 0
+    p.length.max_words = 0
+    p.length.max_line_characters = 0  # of the longest line: data and minified code
+
+    p.quality = ConfigDict()  # of Gopher, arXiv:2112.11446
+    p.quality.min_words = 50
+    p.quality.max_words = 100_000  # 0: no bound
+    p.quality.min_mean_word_length = 3.0
+    p.quality.max_mean_word_length = 10.0
+    p.quality.max_symbols_per_word = 0.1  # of "#", and of "..."
+    p.quality.max_bullet_lines = 0.9  # share of lines that start with a bullet
+    p.quality.max_ellipsis_lines = 0.3  # share of lines that end in "..."
+    p.quality.min_alphabetic_words = 0.8  # share of words with a letter
+    p.quality.min_stop_words = 2  # different ones of "the be to of and that have with"
+
+    p.repetition = ConfigDict()  # of Gopher, table A1: largest shares
+    p.repetition.max_duplicate_lines = 0.3
+    p.repetition.max_duplicate_paragraphs = 0.3
+    p.repetition.max_duplicate_line_characters = 0.2
+    p.repetition.max_duplicate_paragraph_characters = 0.2
+    p.repetition.max_top_ngrams = (0.2, 0.18, 0.16)  # of characters in the most frequent 2-, 3-, 4-gram of words
+    p.repetition.max_duplicate_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.1)  # of characters in 5- to 10-grams that come again
+
+    p.language = ConfigDict()
+    p.language.keep = ()  # ("en", "zh"); empty: all, and the language is only told
+    p.language.min_score = 0.65  # probability below which a document is not kept, where `keep` is set
+    p.language.characters = 4000  # of the start of a document, to tell it by
+
+    p.exact_duplicates = ConfigDict()
+    p.exact_duplicates.normalize = True  # case, punctuation and white space do not count
+
+    p.near_duplicates = ConfigDict()
+    p.near_duplicates.threshold = 0.8  # Jaccard similarity of shingles
+    p.near_duplicates.shingle = 5  # words
+    p.near_duplicates.bands = 20  # meet in a bucket with probability 1 - (1 - J^rows)^bands: 0.998 at J = 0.8
+    p.near_duplicates.rows = 6
+
+    p.decontaminate = ConfigDict()
+    p.decontaminate.paths = ""  # evaluation files, as data.path: jsonl (all strings inside) or lines of text
+    p.decontaminate.ngram = 13  # words in common that make a document go
+    p.decontaminate.min_words = 8  # evaluation texts of fewer words are not looked for
+    return p
 
 
 def debug(c: ConfigDict) -> ConfigDict:

@@ -430,8 +430,36 @@ def add_data(verb):
 
 
 def run_data(args):
-    """Make a token store, or look at what a run saw: jaxlm data build, jaxlm data inspect."""
+    """Clean text, make a token store, or look at what a run saw: jaxlm data prepare, build, inspect."""
     DATA[args.kind][0](args)
+
+
+def add_data_prepare(verb):
+    add_config(verb)
+    verb.add_argument("--out", required=True, metavar="DIR", help="the folder to make: then data.path=DIR/*.jsonl.zst")
+    verb.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one a CPU. Same bytes with any")
+    verb.add_argument("--runner", default="local", metavar="NAME", help="local, or beam: Apache Beam, for a cluster")
+    verb.add_argument("--runner_options", default="", metavar="TEXT", help='of Beam: "--runner=FlinkRunner ..."')
+
+
+def run_data_prepare(args):
+    """Clean documents: the steps of config.prepare, with a data card of what each did.
+
+    The same command again goes on where it stopped. Any key can be set: --config.prepare.length.min_words=20
+    """
+    from jaxlm.config import load
+    from jaxlm.data.cleaning.pipeline import prepare
+    from jaxlm.data.cleaning.runners import RUNNERS
+
+    config = load(args.config, args.overrides)
+    runner = RUNNERS[args.runner](args.workers, args.runner_options)
+    card = prepare(config, args.out, runner, args.overrides)
+    start, end = card["input"], card["output"]
+    if skipped := start["skipped"]["count"]:
+        print(f"{skipped:,} records could not be read and were left out (data.on_error=skip); the first: "
+              f"{start['skipped']['first'][0]}", file=sys.stderr)
+    print(f"{start['documents']:,} documents, {start['characters']:,} characters -> {end['documents']:,} documents, "
+          f"{end['characters']:,} characters; {args.out}/card.html")
 
 
 def run_data_build(args):
@@ -469,6 +497,7 @@ def run_data_inspect(args):
 
 
 DATA = {
+    "prepare": (run_data_prepare, add_data_prepare),
     "build": (run_data_build, add_config),
     "inspect": (run_data_inspect, add_data_inspect),
 }

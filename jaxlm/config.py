@@ -20,7 +20,7 @@ from jaxlm.registry import did_you_mean
 
 # Where and how a run writes and watches, and what changes only its speed and memory; two runs that differ only here are the
 # same experiment.
-NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "mesh",
+NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
                 "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
                 "kernels.fused_projections")
 
@@ -391,4 +391,5 @@ class Tracked:
         rechosen = {key.rpartition(".")[0] for key in given if isinstance(mine[key], str) or key == "mesh.auto"}
         return [f"{k}={mine[k]!r}: is set, but nothing in this run reads it; remove it, or choose the part that uses it"
                 for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])
+                and not k.startswith("prepare.")  # another verb's: one file may say how data is cleaned and what trains on it
                 and (k in given or k.rpartition(".")[0] not in rechosen)]
