@@ -1,4 +1,4 @@
-"""Tokenizers: text <-> ids. Each has vocab_size, eos_id (or None), encode, decode and to_json."""
+"""Tokenizers: text <-> ids. Each has vocab_size, eos_id and eos_token (or None), encode, decode and to_json."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ def load_tokenizer(text: str):
 class ByteTokenizer:
     """UTF-8 bytes, and one id that ends a document."""
 
-    vocab_size, eos_id = 257, 256
+    vocab_size, eos_id, eos_token = 257, 256, EOS
 
     def __init__(self, state=None):
         pass
@@ -61,7 +61,7 @@ class ByteTokenizer:
 class CharTokenizer:
     """The characters that occur in the text, in code-point order. One document: no end token (it would never occur)."""
 
-    eos_id = None
+    eos_id = eos_token = None
 
     def __init__(self, state: str):
         self.characters = state
@@ -103,6 +103,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = self.inner.get_vocab_size()
         ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
+        self.eos_token = None if self.eos_id is None else self.inner.id_to_token(self.eos_id)
 
     def encode(self, text: str) -> np.ndarray:
         ids = self.inner.encode(text, add_special_tokens=False).ids
