@@ -26,7 +26,8 @@ TEMPLATES = {
               "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
               "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
               "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "gemma": "{{ bos_token }}"
+             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
              "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
              "'Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if (message['role'] == "
              "'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + "
@@ -89,7 +90,8 @@ TEMPLATES = {
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}
 """,
-    "marked": "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "marked": "{% for m in messages %}"
+              "{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
               "\n{% else %}{{ m.role | upper }}: {{ m.content }}\n{% endif %}{% endfor %}",
     "date": "{{ strftime_now('%Y') | length }}{{ messages | tojson(indent=2) }}{{ dict(a=1) | tojson }}{{ unk_token }}",
 }
@@ -144,7 +146,8 @@ def test_what_a_template_refuses_is_told():
 
 def test_answers_are_found_by_their_mark_or_by_what_they_add():
     turns = [*TURNS, {"role": "assistant", "content": "So long"}]
-    for name, expected in (("marked", ["Hello!\n</s>", "So long</s>"]), ("chatml", ["Hello!\n<|im_end|>\n", "So long<|im_end|>\n"]),
+    for name, expected in (("marked", ["Hello!\n</s>", "So long</s>"]),
+                           ("chatml", ["Hello!\n<|im_end|>\n", "So long<|im_end|>\n"]),
                            ("llama3", ["Hello!<|eot_id|>", "So long<|eot_id|>"]), ("mistral", [" Hello!</s>", " So long</s>"])):
         template = ChatTemplate(TEMPLATES[name], TOKENS)
         text, spans = template.render_with_answers(turns)
