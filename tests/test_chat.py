@@ -1,15 +1,23 @@
 """Conversations as text: templates as transformers renders them, where the answers are, what ends them; `jaxlm chat`."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
+import string
+import types
 
 import pytest
+from test_generate import GREEDY, model_of
+from test_step import tiny
 
 from jaxlm.data.chat import PLAIN, ChatTemplate, encode_chat, ends_of_answers, open_chat_template
 from jaxlm.data.tokenizers import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
 from jaxlm.errors import UserError
+from jaxlm.generate.chat import Conversation, chat
+from jaxlm.generate.decoding import Request
+from jaxlm.train.restore import Run
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "chat.json"  # what transformers 5.24 answered
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -216,3 +224,56 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one():
     assert template.text == PLAIN and template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True) == (
         "User:\nhi\nAssistant:\n")
     assert ends_of_answers(template, letters, "char") == (frozenset(), ("\nUser:",))
+
+
+# ---- The conversation --------------------------------------------------------------------------------------------------------
+
+LETTERS = CharTokenizer("".join(sorted("\n !,.:?" + string.ascii_letters)))
+
+
+@pytest.fixture(scope="module")
+def run():
+    model, params = model_of(seq_len=96)
+    return Run(tiny(seq_len=96), model, params, types.SimpleNamespace(tokenizer=LETTERS), None, 0)
+
+
+def test_an_answer_goes_on_from_the_whole_conversation_and_the_oldest_is_left_out_when_it_is_full(run, capsys):
+    talk = Conversation(run, 12, GREEDY, system="Be brief")
+    prompts, add = [], talk.session.add
+    talk.session.add = lambda number, request: prompts.append(request) or add(number, request)
+    answers = ["".join(talk.answer(text)) for text in ("Hi", "Who?", "Why?")]
+    texts = [LETTERS.decode(r.prompt) for r in prompts]
+    assert texts[0] == "System:\nBe brief\nUser:\nHi\nAssistant:\n"
+    assert texts[1] == texts[0] + answers[0] + "\nUser:\nWho?\nAssistant:\n"
+    assert texts[2] == f"System:\nBe brief\nUser:\nWho?\nAssistant:\n{answers[1]}\nUser:\nWhy?\nAssistant:\n"
+    assert "2 messages at the beginning are left out" in capsys.readouterr().err
+    for request, answer in zip(prompts, answers, strict=True):
+        alone = [t.id for t in talk.generator.stream(run.params, [Request(request.prompt, 12, GREEDY)])]
+        assert LETTERS.decode(alone).startswith(answer) and answer
+    before = talk.messages
+    with pytest.raises(UserError, match="context is 96"):
+        list(talk.answer("a" * 90))
+    assert talk.messages == before
+    pieces = talk.answer("Go on")
+    first = next(pieces)
+    talk.interrupted = True
+    rest = list(pieces)
+    assert len(rest) <= 1 and talk.messages[-1] == {"role": "assistant", "content": first + "".join(rest)}
+    assert not talk.session.busy
+
+
+def test_without_a_terminal_each_line_is_a_message(run, monkeypatch, capsys):
+    said = []
+    for lines in ("Hi\n\n/seed 3\nWho?\n/reset\nHi\n/quit\nnot read\n", "/system Be brief\nHi", "/help\n/seed x\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        chat(run, 8, GREEDY)
+        out = capsys.readouterr()
+        said.append(out.out)
+        assert ("(seed 3)" in out.err) == ("/seed 3" in lines) and ("/reset" in out.err) == ("/help" in lines)
+    talk = Conversation(run, 8, GREEDY)
+    first = "".join(talk.answer("Hi")) + "\n"
+    assert said[0] == first + "".join(talk.answer("Who?")) + "\n" + first
+    assert said[1] == "".join(Conversation(run, 8, GREEDY, system="Be brief").answer("Hi")) + "\n" and said[2] == ""
+    monkeypatch.setattr("sys.stdin", io.StringIO("a" * 99))
+    with pytest.raises(UserError, match="context"):
+        chat(run, 8, GREEDY)

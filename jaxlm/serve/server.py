@@ -151,7 +151,7 @@ class Service:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 stream = request.stream()
-                while size <= most and not (length.isdecimal() and int(length[:20]) > most):
+                while size <= most and not (length.isdecimal() and int(length) > most):
                     chunk = await anext(stream, None)
                     if chunk is None:
                         return b"".join(chunks)
