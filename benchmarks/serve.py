@@ -2,8 +2,8 @@
 
     python benchmarks/serve.py [--seconds=120] [--clients=64] [--rows=8] [--force]
 
-Each client asks again as soon as it has its answer: 7 of 10 requests are streamed, 1 is whole, 1 is rubbish of some kind, 1 goes away
-in the middle. A valid answer must be, letter by letter, what the generator writes when it is alone; rubbish must get its status.
+Each client asks again as soon as it has its answer: 7 of 10 requests are streamed, 1 is whole, 1 is rubbish of some kind, 1 goes
+away in the middle. A valid answer must be, letter by letter, what the generator writes when it is alone; rubbish must get its status.
 Fails (exit 1) on any wrong answer, an error of the engine, or memory that grows.
 """
 
@@ -39,8 +39,8 @@ RUBBISH = [(TEXT, b"{", 400), (TEXT, b"\x00" * 100, 400), (TEXT, b"[" * 5000, 40
 def train(folder: pathlib.Path) -> str:
     """A small run of bytes: 4 layers, 128 wide, 256 tokens of context."""
     subprocess.run([sys.executable, "-m", "jaxlm.cli", "train", "--config=configs/shakespeare.py", "--config.steps=60",
-                    "--config.data.tokenizer=byte", "--config.seq_len=256", "--config.batch_size=8", "--config.eval.every_steps=0",
-                    "--config.observe.report=False", f"--workdir={folder}"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                    "--config.data.tokenizer=byte", "--config.seq_len=256", "--config.batch_size=8",
+                    "--config.eval.every_steps=0", "--config.observe.report=False", f"--workdir={folder}"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return str(folder)
 
 
@@ -61,8 +61,9 @@ def expected_answers(workdir: str) -> list[tuple[str, dict, str]]:
     for i in range(48):
         at, length = rng.randrange(len(text) - 200), rng.choice([5, 30, 60, 120])
         said, num_tokens, chat = text[at : at + length].strip() or "To be", rng.choice([10, 40, 100]), i % 3 == 0
-        body = {"max_tokens": num_tokens, "seed": i, **(dict(temperature=0) if i % 2 else dict(
-            temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1)), **({"stop": ["\n\n", "the the"]} if i % 4 == 0 else {})}
+        sampled = dict(temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1)
+        body = {"max_tokens": num_tokens, "seed": i, **(dict(temperature=0) if i % 2 else sampled),
+                **({"stop": ["\n\n", "the the"]} if i % 4 == 0 else {})}
         options = Sampling(temperature=0.0) if i % 2 else Sampling(1.1, 0.8, 40, 0.95, 0.0)
         stop = tuple(body["stop"]) if "stop" in body else ()
         if chat:
@@ -88,7 +89,8 @@ class Load:
 
     def connection(self, path: str, body) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), {"Content-Type": "application/json"})
+        body = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
         return connection
 
     def client(self, number: int) -> None:
