@@ -3,8 +3,8 @@
     python benchmarks/serve.py [--seconds=120] [--clients=64] [--rows=8] [--force]
 
 Each client asks again as soon as it has its answer: 7 of 10 requests are streamed, 1 is whole, 1 is rubbish of some kind, 1 goes
-away in the middle. A valid answer must be, letter by letter, what the generator writes when it is alone; rubbish must get its status.
-Fails (exit 1) on any wrong answer, an error of the engine, or memory that grows.
+away in the middle. A valid answer must be, letter by letter, what the generator writes when it is alone; rubbish must get its
+status. Fails (exit 1) on any wrong answer, an error of the engine, or memory that grows.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def train(folder: pathlib.Path) -> str:
     """A small run of bytes: 4 layers, 128 wide, 256 tokens of context."""
     subprocess.run([sys.executable, "-m", "jaxlm.cli", "train", "--config=configs/shakespeare.py", "--config.steps=60",
                     "--config.data.tokenizer=byte", "--config.seq_len=256", "--config.batch_size=8",
-                    "--config.eval.every_steps=0", "--config.observe.report=False", f"--workdir={folder}"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                    "--config.eval.every_steps=0", "--config.observe.report=False",
+                    f"--workdir={folder}"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return str(folder)
 
 
