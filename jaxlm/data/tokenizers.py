@@ -45,7 +45,7 @@ def load_tokenizer(text: str):
 
 
 class Tokenizer:
-    """What each has: vocab_size, eos_id (ends a document; None: it has no such id), encode, decode, kind, state.
+    """What each has: vocab_size, eos_id and its name eos_token (ends a document; None: it has none), encode, decode, kind, state.
 
     first: ids that every text begins with, because the model was trained to see them there (<s>, <bos>).
     """
@@ -74,7 +74,7 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and one id that ends a document."""
 
-    kind, state, vocab_size, eos_id = "byte", None, 257, 256
+    kind, state, vocab_size, eos_id, eos_token = "byte", None, 257, 256, EOS
 
     def __init__(self, state=None):
         pass
@@ -97,7 +97,7 @@ class ByteTokenizer(Tokenizer):
 class CharTokenizer(Tokenizer):
     """The characters that occur in the text, in code-point order. One document: no end token (it would never occur)."""
 
-    kind, eos_id, learns = "char", None, True
+    kind, eos_id, eos_token, learns = "char", None, None, True
 
     def __init__(self, state: str):
         self.state = state
@@ -141,6 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self.inner.get_vocab().values(), default=-1)  # ids may have gaps
         ends = [self.inner.token_to_id(t) for t in (EOS, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")]
         self.eos_id = next((i for i in ends if i is not None), None)
+        self.eos_token = None if self.eos_id is None else self.inner.id_to_token(self.eos_id)
         probe = self.inner.encode("a")
         pairs = zip(probe.ids, probe.special_tokens_mask, strict=True)
         self.first = [i for i, special in itertools.takewhile(lambda pair: pair[1], pairs)]
@@ -200,6 +201,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"data.tokenizer: not a SentencePiece .model ({error})") from error
         self.vocab_size = self.inner.get_piece_size()
         self.eos_id = None if self.inner.eos_id() < 0 else self.inner.eos_id()
+        self.eos_token = None if self.eos_id is None else self.inner.id_to_piece(self.eos_id)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.first + self.inner.encode(text), np.uint32 if self.vocab_size > 2**16 else np.uint16)

@@ -157,9 +157,8 @@ class Session:
 
     def __init__(self, generator: Generator, params, rows: int):
         self.generator, self.params = generator, generator.loosen(params)
-        self.rows = None  # the state of all rows, made like the first
-        self.room = min(SHORTEST, generator.seq_len)  # tokens that their caches hold
         self.requests: list = [None] * rows  # (number, Request), or None where a row is free
+        self.clear()  # sets `rows`, the state of all rows, made like the first, and `room`, the tokens that their caches hold
         self.texts, self.left = [None] * rows, [0] * rows
         self.token, self.index, self.seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
         self.options = Sampling(*(np.full(rows, v, np.float32 if isinstance(v, float) else np.int32) for v in Sampling()))
@@ -173,13 +172,24 @@ class Session:
         return len(self.requests) - self.free
 
     def add(self, number: int, request: Request) -> Token:
-        """Begin a text in a free row -> its first token."""
+        """Begin a text in a free row -> its first token. Where that raises, the other texts go on as they were."""
+        if not self.busy:
+            self.clear()
         at = self.requests.index(None)
         self.requests[at], self.texts[at], self.left[at] = (number, request), list(request.prompt), request.num_tokens
         self.seed[at] = request.seed % 2**32
         for values, value in zip(self.options, request.options, strict=True):
             values[at] = value
-        return self._begin(at, self.texts[at])
+        try:
+            return self._begin(at, self.texts[at])
+        except BaseException:
+            self.requests[at] = None
+            raise
+
+    def clear(self) -> None:
+        """End all texts and give their memory back; also what is left to do once `step` has raised."""
+        self.requests = [None] * len(self.requests)
+        self.rows, self.room = None, min(SHORTEST, self.generator.seq_len)
 
     def cancel(self, number: int) -> None:
         """End a text, if it is still being written."""

@@ -1,5 +1,6 @@
 """What the README promises of a run, each shown by running the command."""
 
+import http.client
 import json
 import os
 import pathlib
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import HASTY
 
-ENV = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "HTTPS_PROXY": "http://127.0.0.1:9",
-       "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]), "JAX_PLATFORMS": "cpu",
+       "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
 SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_size=4", "--config.seq_len=16",
          "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
          "--config.model.dropout=0.1", "--config.data.tokenizer=char", "--config.eval.batches=2",
@@ -167,9 +168,59 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     assert result.returncode == 0 and set(json.loads(result.stdout)) == {  # one object, and nothing beside it
         "tokens_per_second", "step_seconds", "mfu", "mfu_palm", "matmul_ceiling_tflops", "peak_memory_bytes", "compile_seconds",
         "device", "config_fingerprint", "commit"}, result.stderr
-    for verb in ("train", "eval", "generate", "data", "plan", "bench", "report", "doctor"):
+    for verb in ("train", "eval", "generate", "chat", "serve", "data", "plan", "bench", "report", "doctor"):
         text = jaxlm(verb, "--help").stdout
         assert 3 < text.count("\n") <= 40, verb
+
+
+def test_a_conversation_on_a_terminal_survives_ctrl_c(finished, tmp_path):
+    pytest.importorskip("pty")
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command = [sys.executable, "-c", spawn, sys.executable, "-m", "jaxlm.cli", "chat", f"--workdir={finished}",
+               "--config.seq_len=4096", "--tokens=4000"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                               env={**ENV, "JAXLM_CACHE": str(tmp_path), "TERM": "dumb"})
+
+    def read_until(text):
+        shown = ""
+        while text not in shown:
+            piece = os.read(process.stdout.fileno(), 1000).decode()
+            assert piece, shown
+            shown += piece
+        return shown
+
+    read_until("> ")
+    process.stdin.write(b"Hi\n")
+    read_until("Hi\r\n")
+    for _ in range(5):  # pieces of the answer
+        assert os.read(process.stdout.fileno(), 1000)
+    process.stdin.write(b"\x03")
+    assert len(read_until("> ")) < 3000
+    process.stdin.write(b"/seed 5\n")
+    read_until("(seed 5)")
+    process.stdin.write(b"/quit\n")
+    assert process.wait(60) == 0
+    assert (tmp_path / "chat_history").read_text().split("\n")[-4:] == ["Hi", "/seed 5", "/quit", ""]
+
+
+def test_a_server_finishes_its_answers_on_sigterm_and_ends_with_0(finished):
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package)
+    process = subprocess.Popen([sys.executable, "-m", "jaxlm.cli", "serve", f"--workdir={finished}", "--port=0",
+                                "--config.seq_len=512"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    line = process.stdout.readline()
+    url = re.search(r"http://127.0.0.1:(\d+)/v1", line)
+    assert url and line.startswith("serving a at"), process.stderr.read()
+    connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": "KING", "max_tokens": 300, "stream": True}),
+                       {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    first = response.readline()
+    process.send_signal(signal.SIGTERM)
+    rest = response.read().decode()
+    assert first.startswith(b"data: {") and rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
+    assert process.wait(60) == 0, process.stderr.read()
+    process.communicate()
 
 
 def test_a_run_of_many_devices_is_read_on_one(tmp_path):
