@@ -150,11 +150,14 @@ class Load:
         path, body, _ = rng.choice(self.answers)
         connection = self.connection(path, {**body, "stream": rng.random() < 0.7})
         if rng.random() < 0.5:
-            connection.sock.settimeout(rng.uniform(0, 1))
-            try:
-                connection.sock.recv(200)
-            except TimeoutError:
-                pass
+            end = time.monotonic() + rng.uniform(0, 2)
+            while (left := end - time.monotonic()) > 0:
+                connection.sock.settimeout(left)
+                try:
+                    if not connection.sock.recv(200):
+                        break
+                except TimeoutError:
+                    break
         connection.close()
         self.counts["went away"] += 1
 
@@ -165,7 +168,10 @@ class Load:
                 connection.sendall(rng.randbytes(200))
             got = None
         else:
-            got = self.connection(path, body).getresponse().status
+            try:
+                got = self.connection(path, body).getresponse().status
+            except ConnectionError:  # told before it had sent all, and sent on
+                got = 413 if status == 413 else "a closed connection"
         self.counts["rubbish"] += 1
         if got != status:
             self.wrong.append(f"rubbish {body[:50]}: {got} instead of {status}")

@@ -147,6 +147,7 @@ class Engine:
             over = [job for job in self.waiting if job.cancelled or now > job.deadline or self.draining]
             for job in over:
                 self.waiting.remove(job)
+        self.metrics.cancelled.inc(len(over))
         for job in over:
             told.append((job, error_of(job, 503, "the server is shutting down") if self.draining else
                          error_of(job, 504, "no row became free within the server's --timeout")))
