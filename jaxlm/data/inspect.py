@@ -28,7 +28,7 @@ def inspect(workdir: str, config_file: str, step: int, rows: int, overrides=()) 
     if workdir:
         stored = json.loads(pathlib.Path(workdir, "config.json").read_text())
         if "data" in stored and stored["data"] not in (None, data.fingerprint):
-            changes = changed_sources(config, stored["data"], data.fingerprint)
+            changes = changed_sources(config, stored["data"])
             raise UserError(f"{workdir}: its text is no longer what it was ({'; '.join(changes)}); put the old text back")
     if step > config.steps:
         raise UserError(f"--step={step}: the run has {config.steps} steps")

@@ -123,15 +123,19 @@ def fingerprint(config) -> str:
     return locate_store(config)[0].name
 
 
-def changed_sources(config, old: str, new: str) -> list[str]:
-    """Which files differ between two stores, by their fingerprints."""
+def changed_sources(config, old: str) -> list[str]:
+    """Which of the config's files are others than those that the store `old` was made of, by their contents: the same contents
+    may have lain elsewhere when the store was made."""
+    folder, splits = locate_store(config)
+    now = {file: fact["sha256"] for files in splits.values() for file, fact in files.items()}
     try:
-        before, after = (json.loads((store_root(config) / name / "manifest.json").read_text())["sources"] for name in (old, new))
+        manifest = json.loads((store_root(config) / old / "manifest.json").read_text())
+        before = {fact["sha256"] for fact in manifest["sources"].values()}
     except (OSError, ValueError):
-        return [f"store {old} -> {new}"]
-    told = lambda of, file: f"sha256 {of[file]['sha256'][:12]}" if file in of else "not there"
-    return [f"{file}: {told(before, file)} -> {told(after, file)}" for file in sorted(before | after)
-            if told(before, file) != told(after, file)] or [f"store {old} -> {new}"]
+        return [f"store {old} -> {folder.name}"]
+    gone = " and ".join(sorted(digest[:12] for digest in before - set(now.values()))) or "(not there)"
+    return [f"{file}: sha256 {gone} -> {digest[:12]}" for file, digest in sorted(now.items()) if digest not in before] or [
+        f"sha256 {gone}: no longer there" if before - set(now.values()) else f"store {old} -> {folder.name}"]
 
 
 def content_of(files: list[str], root: pathlib.Path) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def open_run_directory(workdir: str, config, allow_config_change: bool, compiler
         known = stored["data"] if "data" in stored else None
         if not allow_config_change and known not in (None, data):
             raise UserError(f"{workdir}: its text is no longer what it was when the run began "
-                            f"({'; '.join(changed_sources(config, known, data))}); put the old text back, use another "
+                            f"({'; '.join(changed_sources(config, known))}); put the old text back, use another "
                             "--workdir, or --allow_config_change to go on with the new one")
         if old == values and known == data:
             return
