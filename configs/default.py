@@ -142,6 +142,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.bpe_vocab_size = 8192  # for tokenizer=bpe, unigram
     c.data.special_tokens = ()  # for tokenizer=bpe, unigram: more tokens that no text is cut into, such as "<|im_start|>"
     c.data.workers = 0  # processes that make tokens; 0: as many as cores. The same store comes out of any number
+    c.data.packing = "concat"  # rows: concat (documents one after another, cut every seq_len), best_fit (whole documents, the
+    # rest of a row is padding), one (document each; of a longer one than a row, as many as it takes)
     c.data.isolate_documents = False  # packed documents do not attend to one another
     c.data.shuffle = True
     c.data.jitter = False  # move the row grid by a random offset each epoch, so that rows are new
@@ -215,6 +217,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.every_steps = duration("25%")  # 0: after the last step only
     c.eval.batches = 0  # 0: the whole validation split
     c.eval.batch_size = 0  # 0: batch_size
+    c.eval.stride = 0  # >0: windows overlap; each target counts once, with at least seq_len - stride tokens before it. 0: off
     c.eval.sample_tokens = 0  # tokens of text written at each evaluation
     c.eval.sample_prompt = "\n"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.packing import PackedRows, whole
+from jaxlm.data.packing import SyntheticRows, build_rows
 from jaxlm.data.store import open_store
 from jaxlm.data.tokenizers import ByteTokenizer, build_tokenizer
 from jaxlm.errors import UserError
@@ -23,6 +23,7 @@ class Data(NamedTuple):
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
     fingerprint: str | None  # of the text and what makes tokens of it
+    about: tuple[str, ...] = ()  # lines for the start of the log
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -39,39 +40,28 @@ def build_data(config, text: bool = True) -> Data:
         tokenizer = build_tokenizer(config, [])
         return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple, None)
     stores, tokenizer = open_store(config)
-    problems, tokens = [], stores["train"].num_tokens
-    if tokens < (1 + config.data.jitter) * config.seq_len + 1:
-        problems.append(f"seq_len={config.seq_len}: longer than the training data ({tokens} tokens); use at most "
-                        f"{(tokens - 1) // (1 + config.data.jitter)}, or more text")
-    if stores["valid"].num_tokens < 2:
-        problems.append("data.valid_fraction: the validation split is empty; raise it, or set data.valid_path")
+    problems = row_problems(config, stores)
     if asked and asked < tokenizer.vocab_size:
         problems.append(f"model.vocab_size={asked}: smaller than the tokenizer's {tokenizer.vocab_size}; use 0 or at "
                         f"least {tokenizer.vocab_size}")
     if problems:
         raise UserError(*problems)
-    isolate = config.data.isolate_documents
-    train = PackedRows(stores["train"], config.seq_len, isolate, pad_last=False, jitter=config.data.jitter)
-    valid = PackedRows(stores["valid"], config.seq_len, isolate, pad_last=True)
+    train, valid = (build_rows(config, stores[split], split) for split in ("train", "valid"))
     vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
     return Data(Batches(config, train, config.batch_size), Batches(config, valid, config.eval.batch_size), tokenizer,
-                vocab_size, stores["train"].folder.name)
+                vocab_size, stores["train"].folder.name, train.about())
 
 
-class SyntheticRows:
-    """Random tokens, pure in (seed, index), for benchmarks: nothing is read."""
-
-    def __init__(self, vocab_size: int, seq_len: int, seed: int):
-        self.vocab_size, self.seq_len, self.seed = vocab_size, seq_len, seed
-
-    def __len__(self) -> int:
-        return 2**20
-
-    def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
-        """As `PackedRows.take`; there is no grid to move."""
-        window = np.stack([np.random.default_rng((self.seed, i)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
-                           for i in indices])
-        return {"tokens": window[:, :-1], "targets": window[:, 1:], **whole(len(window), self.seq_len)}
+def row_problems(config, stores) -> list[str]:
+    """Splits too short for a row."""
+    problems, tokens = [], stores["train"].num_tokens
+    least = (1 + config.data.jitter) * config.seq_len + 1 if config.data.packing == "concat" else 2
+    if tokens < least:
+        problems.append(f"seq_len={config.seq_len}: longer than the training data ({tokens} tokens); use at most "
+                        f"{(tokens - 1) // (1 + config.data.jitter)}, or more text")
+    if stores["valid"].num_tokens < 2:
+        problems.append("data.valid_fraction: the validation split is empty; raise it, or set data.valid_path")
+    return problems
 
 
 class Batches:
@@ -82,7 +72,7 @@ class Batches:
 
         self.rows, self.batch_size, self.seed = rows, batch_size, config.seed
         self.jitter, self.prefetch = config.data.jitter, config.data.prefetch
-        self.num_bytes = rows.store.num_bytes if isinstance(rows, PackedRows) else 0
+        self.num_bytes = rows.num_bytes
         # Grain's shuffle is a true permutation, new in each epoch, and indexable at any point.
         order = grain.MapDataset.range(len(rows)).seed(config.seed)
         self.order = order.shuffle() if config.data.shuffle else order
