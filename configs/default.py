@@ -128,6 +128,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic
     c.data.path = "shakespeare"  # "shakespeare" (ships with jaxlm), a file, glob, URL, saved dataset, or a comma-separated list
+    c.data.mixture = ()  # in place of path, sources: (("web", "web/*.jsonl", 0.7), ("code", "code/*.jsonl", 0.3)): name, path,
+    # weight, and, where there is to be a limit, the most epochs, after which the others share its weight
+    c.data.mixture_by = "given"  # a source's weight is multiplied by: given (1), its tokens, its documents
+    c.data.mixture_temperature = 1.0  # share of the rows ~ weight^(1/T)
+    c.data.mixture_stages = ()  # ((1000, {"web": 0.5, "code": 0.5}),): other weights from a step on; those not named are 0
     c.data.valid_path = ""  # empty: the last valid_fraction of the text is held out
     c.data.valid_fraction = 0.1
     c.data.root = ""  # relative paths start here; empty: the current directory

@@ -257,7 +257,7 @@ def validate(config: ConfigDict) -> None:
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
-               "data.packing": ("concat", "best_fit", "one"),
+               "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
                "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),

@@ -123,12 +123,13 @@ class SyntheticRows:
 def divided(window, begins, live_B) -> dict[str, np.ndarray]:
     """Rows of T + 1 ids -> the batch's arrays (B, T). begins (B, T+1): documents that begin at a token, the row's first left
     out; live_B: of the row, targets before the padding."""
-    at, live_B1 = np.arange(window.shape[1]), live_B[:, None]
-    segments, positions = 1 + np.cumsum(begins, 1), at - np.maximum.accumulate(np.where(begins > 0, at, 0), 1)
-    mask = (at[:-1] < live_B1) & (segments[:, 1:] == segments[:, :-1])
-    return {"tokens": window[:, :-1], "targets": window[:, 1:],
-            "segment_ids": np.where(at[:-1] < live_B1, segments[:, :-1], 0).astype(np.int32),
-            "positions": positions[:, :-1].astype(np.int32), "loss_mask": mask.astype(np.float32)}
+    at, live = np.arange(window.shape[1], dtype=np.int32), np.arange(window.shape[1] - 1) < live_B[:, None]
+    segments = np.cumsum(begins, 1, np.int32)
+    segments += 1
+    mask = live & (begins[:, 1:] == 0)
+    return {"tokens": window[:, :-1], "targets": window[:, 1:], "segment_ids": segments[:, :-1] * live,
+            "positions": (at - np.maximum.accumulate(np.where(begins, at, np.int32(0)), 1))[:, :-1],
+            "loss_mask": mask.astype(np.float32)}
 
 
 @functools.lru_cache(maxsize=4)
