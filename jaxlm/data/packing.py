@@ -123,13 +123,16 @@ class SyntheticRows:
 def divided(window, begins, live_B) -> dict[str, np.ndarray]:
     """Rows of T + 1 ids -> the batch's arrays (B, T). begins (B, T+1): documents that begin at a token, the row's first left
     out; live_B: of the row, targets before the padding."""
-    at, live = np.arange(window.shape[1], dtype=np.int32), np.arange(window.shape[1] - 1) < live_B[:, None]
+    at = np.arange(window.shape[1], dtype=np.int32)
     segments = np.cumsum(begins, 1, np.int32)
     segments += 1
-    mask = live & (begins[:, 1:] == 0)
-    return {"tokens": window[:, :-1], "targets": window[:, 1:], "segment_ids": segments[:, :-1] * live,
-            "positions": (at - np.maximum.accumulate(np.where(begins, at, np.int32(0)), 1))[:, :-1],
-            "loss_mask": mask.astype(np.float32)}
+    positions, mask = at - np.maximum.accumulate(begins.astype(bool) * at, 1), (begins[:, 1:] == 0).astype(np.float32)
+    if live_B.min() < len(at) - 1:
+        live = at[:-1] < live_B[:, None]
+        segments[:, :-1] *= live
+        mask *= live
+    return {"tokens": window[:, :-1], "targets": window[:, 1:], "segment_ids": segments[:, :-1], "positions": positions[:, :-1],
+            "loss_mask": mask}
 
 
 @functools.lru_cache(maxsize=4)
