@@ -7,13 +7,14 @@ import pytest
 from data_cases import jsonl, write
 
 from jaxlm.data.loader import build_data
-from jaxlm.data.mixture import D, Schedule, Stages
+from jaxlm.data.mixture import Schedule, Stages
 from jaxlm.errors import UserError
 
 
 def check_exact(schedule, weights, blocks):
+    D = schedule.block_rows
     shares, live = np.array(schedule.units) / sum(schedule.units), sum(w > 0 for w in weights)
-    np.testing.assert_allclose(shares, np.array(weights) / sum(weights), atol=1e-10)
+    np.testing.assert_allclose(shares, np.array(weights) / sum(weights), atol=1e-9)
     for block in blocks:
         source, before = schedule._block(block)
         counts = np.array(schedule._border(block)) + np.cumsum(source[:, None] == np.arange(len(weights)), 0)
@@ -27,9 +28,14 @@ def test_shares_are_within_one_row_of_what_was_asked_after_any_number_of_rows():
     rng = np.random.default_rng(0)
     for trial in range(40):
         k = int(rng.integers(1, 8))
-        weights = rng.dirichlet(np.full(k, [1.0, 0.2, 5.0][trial % 3])).tolist()
+        weights = (rng.dirichlet(np.full(k, [1.0, 0.2, 5.0][trial % 3])) + 2e-4).tolist()
         check_exact(Schedule(weights), weights, [0, 1, int(rng.integers(2, 10**6))])
     check_exact(Schedule([0.999, 0.001]), [0.999, 0.001], range(8))
+    for block in range(0, 10**6, 10**5):  # shares smaller than a row of a block of 1,024
+        weights = [0.5, 0.4994, 0.0004, 0.0002]
+        check_exact(Schedule(weights), weights, [block])
+    with pytest.raises(UserError, match="at least 1e-06"):
+        Schedule([1.0, 1e-7])
     check_exact(Schedule([1.0] * 12), [1.0] * 12, range(3))
     two = np.concatenate([Schedule([0.31, 0.69])._block(b)[0] for b in range(2)])
     for length in (1, 7, 10, 100):  # and of any window of two sources, one row

@@ -1,7 +1,7 @@
 """Mixtures: row n of a run -> (source, its j-th row), exact in every prefix and a pure function of n.
 
 The schedule keeps the count of each of k sources within 1 - 1/(2k - 2) of its share of n, for every n, which can always be done
-and cannot be done better (Tijdeman, The chairman assignment problem, 1980). It is made in blocks of D rows. The counts at a
+and cannot be done better (Tijdeman, The chairman assignment problem, 1980). It is made in blocks of rows. The counts at a
 block's borders are chosen from the border alone, so that both neighbours can be filled (Hall's condition); inside, earliest
 deadline first fills it. Any row is thus found without those before it.
 """
@@ -24,7 +24,8 @@ from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import main_first
 from jaxlm.registry import did_you_mean
 
-UNITS, D = 2**40, 1024  # shares are whole numbers of 1/UNITS; rows in a block
+UNITS = 2**34  # shares are whole numbers of 1/UNITS
+SMALLEST = 1e-6  # share
 
 
 class Source(NamedTuple):
@@ -36,32 +37,36 @@ class Source(NamedTuple):
 
 class Schedule:
     """Args:
-    weights: (k,) >= 0, of which the shares follow."""
+    weights: (k,) >= 0, of which the shares follow. Raises UserError: one so small that blocks would be long."""
 
     def __init__(self, weights):
         total, live = sum(weights), sum(weight > 0 for weight in weights)
-        parts = max(1, 2 * live - 2)
+        parts, least = max(1, 2 * live - 2), min(weight for weight in weights if weight) / total
+        if least < SMALLEST:
+            raise UserError(f"data.mixture: a source would have {least:.1e} of the rows; give it at least {SMALLEST:.0e}, or 0")
+        # Each source has a row in a block, so no count is lower at its end than at its start.
+        self.block_rows = max(1024, int(1 / least) + 1)
         units = [int(UNITS * (weight / total)) for weight in weights]
         units[int(np.argmax(weights))] += UNITS - sum(units)
         # Shares are units / whole; a count may be off by slack / whole.
         self.units, self.whole, self.slack = [unit * parts for unit in units], UNITS * parts, UNITS * (parts - 1)
-        self._block, self._border = functools.lru_cache(64)(self._block), functools.lru_cache(64)(self._border)
+        self._block, self._border = functools.lru_cache(4)(self._block), functools.lru_cache(64)(self._border)
 
     def at(self, n: int) -> tuple[int, int]:
         """-> (source, how many rows it had before)."""
-        source, before = self._block(n // D)
-        return int(source[n % D]), int(before[n % D])
+        source, before = self._block(n // self.block_rows)
+        return int(source[n % self.block_rows]), int(before[n % self.block_rows])
 
     def counts(self, n: int) -> list[int]:
         """Rows of each source among the first n."""
-        source, _ = self._block(n // D)
-        within = np.bincount(source[: n % D], minlength=len(self.units))
-        return [a + int(b) for a, b in zip(self._border(n // D), within, strict=True)]
+        source, _ = self._block(n // self.block_rows)
+        within = np.bincount(source[: n % self.block_rows], minlength=len(self.units))
+        return [a + int(b) for a, b in zip(self._border(n // self.block_rows), within, strict=True)]
 
     def _border(self, block: int) -> tuple[int, ...]:
-        """Counts after block * D rows."""
-        low, over = zip(*(divmod(unit * block * D, self.whole) for unit in self.units), strict=True)
-        ahead, unit, over_k = np.arange(D + 1)[:, None], np.array(self.units), np.array(over)
+        """Counts after so many blocks."""
+        low, over = zip(*(divmod(unit * block * self.block_rows, self.whole) for unit in self.units), strict=True)
+        ahead, unit, over_k = np.arange(self.block_rows + 1)[:, None], np.array(self.units), np.array(over)
         due = -((self.slack - over_k - unit * ahead) // self.whole)  # rows that a source must have had so many rows later
         free = (over_k - unit * ahead + self.slack) // self.whole  # and may have had at most so many rows earlier
         open_ = sorted((s for s in range(len(low)) if over[s]), key=lambda s: -over[s])
@@ -74,7 +79,8 @@ class Schedule:
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the block's rows: the source, and how many rows it had before."""
-        had, end, base = list(self._border(block)), self._border(block + 1), block * D
+        had, end, D = list(self._border(block)), self._border(block + 1), self.block_rows
+        base = block * D
         k, never = len(had), base + 2 * D
         source, before = np.zeros(D, np.int64), np.zeros(D, np.int64)
 
