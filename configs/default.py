@@ -128,6 +128,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic
     c.data.path = "shakespeare"  # "shakespeare" (ships with jaxlm), a file, glob, URL, saved dataset, or a comma-separated list
+    c.data.mixture = ()  # in place of path, sources: (("web", "web/*.jsonl", 0.7), ("code", "code/*.jsonl", 0.3)): name, path,
+    # weight, and, where there is to be a limit, the most epochs, after which the others share its weight
+    c.data.mixture_by = "given"  # a source's weight is multiplied by: given (1), its tokens, its documents
+    c.data.mixture_temperature = 1.0  # share of the rows ~ weight^(1/T)
+    c.data.mixture_stages = ()  # ((1000, {"web": 0.5, "code": 0.5}),): other weights from a step on; those not named are 0
     c.data.valid_path = ""  # empty: the last valid_fraction of the text is held out
     c.data.valid_fraction = 0.1
     c.data.root = ""  # relative paths start here; empty: the current directory
@@ -142,6 +147,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.bpe_vocab_size = 8192  # for tokenizer=bpe, unigram
     c.data.special_tokens = ()  # for tokenizer=bpe, unigram: more tokens that no text is cut into, such as "<|im_start|>"
     c.data.workers = 0  # processes that make tokens; 0: as many as cores. The same store comes out of any number
+    c.data.packing = "concat"  # rows: concat (documents one after another, cut every seq_len), best_fit (whole documents, the
+    # rest of a row is padding), one (document each; of a longer one than a row, as many as it takes)
     c.data.isolate_documents = False  # packed documents do not attend to one another
     c.data.shuffle = True
     c.data.jitter = False  # move the row grid by a random offset each epoch, so that rows are new
@@ -215,6 +222,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.every_steps = duration("25%")  # 0: after the last step only
     c.eval.batches = 0  # 0: the whole validation split
     c.eval.batch_size = 0  # 0: batch_size
+    c.eval.stride = 0  # >0: windows overlap; each target counts once, with at least seq_len - stride tokens before it. 0: off
     c.eval.sample_tokens = 0  # tokens of text written at each evaluation
     c.eval.sample_prompt = "\n"
 

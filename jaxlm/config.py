@@ -248,12 +248,16 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(c.data.workers >= 0, f"data.workers={c.data.workers}: must not be negative; 0 is as many as cores")
+    check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
+    check(not c.data.jitter or c.data.packing == "concat",
+          f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
                "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
+               "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
                "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
                "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),

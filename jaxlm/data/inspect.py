@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxlm.config import load
 from jaxlm.data.loader import build_data
-from jaxlm.data.store import changed_sources, open_store, read_manifest
+from jaxlm.data.mixture import open_sources
+from jaxlm.data.store import changed_sources, read_manifest
 from jaxlm.errors import UserError
 
 
@@ -35,9 +36,9 @@ def inspect(workdir: str, config_file: str, step: int, rows: int, overrides=()) 
     count = min(rows or config.batch_size, config.batch_size)
     batches, first = data.train, (step - 1) * config.batch_size
     batch = batches.batch(step - 1, range(count))
-    shown = [{"row": row, "index": int(batches.order[first + row]), **{name: a[row].tolist() for name, a in batch.items()},
+    shown = [{"row": row, **batches.where(first + row), **{name: a[row].tolist() for name, a in batch.items()},
               "pieces": pieces({name: a[row] for name, a in batch.items()}, data.tokenizer)} for row in range(count)]
-    return {"step": step, "epoch": first // len(batches), "batch_size": config.batch_size, "rows": shown}
+    return {"step": step, "epoch": shown[0]["epoch"], "batch_size": config.batch_size, "rows": shown}
 
 
 def pieces(row: dict[str, np.ndarray], tokenizer) -> list[dict]:
@@ -65,7 +66,8 @@ def as_text(seen: dict) -> str:
     for row in seen["rows"]:
         targets = sum(m > 0 for m in row["loss_mask"])
         documents = len(set(row["segment_ids"]) - {0})
-        lines.append(f"\n=== row {row['row']} (row {row['index']} of the data): {targets} targets, {documents} "
+        source = row["source"] if "source" in row else "the data"
+        lines.append(f"\n=== row {row['row']} (row {row['index']} of {source}): {targets} targets, {documents} "
                      f"{'document' if documents == 1 else 'documents'} ===")
         lines.append("".join("____" if p["kind"] == "padding" else form[p["kind"]].format(p["text"]) for p in row["pieces"]))
     return "\n".join(lines)
@@ -73,9 +75,13 @@ def as_text(seen: dict) -> str:
 
 def about_store(config) -> str:
     """Builds the store if it is not there."""
-    stores, tokenizer = open_store(config)
-    folder = stores["train"].folder
-    manifest = read_manifest(folder)
-    parts = [f"{split}: {info['tokens']:,} tokens, {info['documents']:,} documents" for split, info in manifest["splits"].items()]
-    return "\n".join([f"{folder}: {len(manifest['sources']):,} sources, {len(manifest['shards']):,} shards, vocabulary "
-                      f"{tokenizer.vocab_size:,}", *parts])
+    sources, tokenizer = open_sources(config)
+    lines = []
+    for name, stores in sources.items():
+        folder = stores["train"].folder
+        manifest = read_manifest(folder)
+        lines += [f"{name + ': ' if name else ''}{folder}: {len(manifest['sources']):,} sources, {len(manifest['shards']):,} "
+                  f"shards, vocabulary {tokenizer.vocab_size:,}"]
+        lines += [f"{split}: {info['tokens']:,} tokens, {info['documents']:,} documents" for split, info in
+                  manifest["splits"].items()]
+    return "\n".join(lines)

@@ -3,16 +3,18 @@
 Host count, worker count and mesh never enter, so resuming is starting at another step.
 """
 
+import hashlib
 import os
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.packing import PackedRows, whole
-from jaxlm.data.store import open_store
+from jaxlm.data.mixture import MixedRows, build_stages, gathered, open_sources
+from jaxlm.data.packing import SyntheticRows, build_rows
 from jaxlm.data.tokenizers import ByteTokenizer, build_tokenizer
 from jaxlm.errors import UserError
 
@@ -23,6 +25,7 @@ class Data(NamedTuple):
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
     fingerprint: str | None  # of the text and what makes tokens of it
+    about: tuple[str, ...] = ()  # lines for the start of the log
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -38,53 +41,49 @@ def build_data(config, text: bool = True) -> Data:
     if not text and os.path.exists(config.data.tokenizer):
         tokenizer = build_tokenizer(config, [])
         return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple, None)
-    stores, tokenizer = open_store(config)
-    problems, tokens = [], stores["train"].num_tokens
-    if tokens < (1 + config.data.jitter) * config.seq_len + 1:
-        problems.append(f"seq_len={config.seq_len}: longer than the training data ({tokens} tokens); use at most "
-                        f"{(tokens - 1) // (1 + config.data.jitter)}, or more text")
-    if stores["valid"].num_tokens < 2:
-        problems.append("data.valid_fraction: the validation split is empty; raise it, or set data.valid_path")
+    stores, tokenizer = open_sources(config)
+    problems = [problem for name, of in stores.items() for problem in row_problems(config, of, name)]
     if asked and asked < tokenizer.vocab_size:
         problems.append(f"model.vocab_size={asked}: smaller than the tokenizer's {tokenizer.vocab_size}; use 0 or at "
                         f"least {tokenizer.vocab_size}")
     if problems:
         raise UserError(*problems)
-    isolate = config.data.isolate_documents
-    train = PackedRows(stores["train"], config.seq_len, isolate, pad_last=False, jitter=config.data.jitter)
-    valid = PackedRows(stores["valid"], config.seq_len, isolate, pad_last=True)
     vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
-    return Data(Batches(config, train, config.batch_size), Batches(config, valid, config.eval.batch_size), tokenizer,
-                vocab_size, stores["train"].folder.name)
+    train, valid = ({name: build_rows(config, of[split], split) for name, of in stores.items()} for split in ("train", "valid"))
+    about = tuple(f"{name}: {line}" if name else line for name, rows in train.items() for line in rows.about())
+    folders = [of["train"].folder.name for of in stores.values()]
+    if not config.data.mixture:
+        return Data(Batches(config, train[""], config.batch_size), Batches(config, valid[""], config.eval.batch_size), tokenizer,
+                    vocab_size, folders[0], about)
+    batches = MixedBatches(config, stores, train)
+    return Data(batches, Batches(config, MixedRows(list(valid.values())), config.eval.batch_size), tokenizer, vocab_size,
+                hashlib.sha256(" ".join(folders).encode()).hexdigest()[:24], (*about, *batches.about()))
 
 
-class SyntheticRows:
-    """Random tokens, pure in (seed, index), for benchmarks: nothing is read."""
-
-    def __init__(self, vocab_size: int, seq_len: int, seed: int):
-        self.vocab_size, self.seq_len, self.seed = vocab_size, seq_len, seed
-
-    def __len__(self) -> int:
-        return 2**20
-
-    def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
-        """As `PackedRows.take`; there is no grid to move."""
-        window = np.stack([np.random.default_rng((self.seed, i)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
-                           for i in indices])
-        return {"tokens": window[:, :-1], "targets": window[:, 1:], **whole(len(window), self.seq_len)}
+def row_problems(config, stores, name: str) -> list[str]:
+    """Splits too short for a row. name: of the source, in a mixture."""
+    source = f" of source {name!r}" if name else ""
+    problems, tokens = [], stores["train"].num_tokens
+    least = (1 + config.data.jitter) * config.seq_len + 1 if config.data.packing == "concat" else 2
+    if tokens < least:
+        problems.append(f"seq_len={config.seq_len}: longer than the training data{source} ({tokens} tokens); use at most "
+                        f"{(tokens - 1) // (1 + config.data.jitter)}, or more text")
+    if stores["valid"].num_tokens < 2:
+        problems.append(f"data.valid_fraction: the validation split{source} is empty; raise it, or set data.valid_path")
+    return problems
 
 
 class Batches:
     """`batch(step)` for training; `evaluation_batches()` for every row once, in order."""
 
-    def __init__(self, config, rows, batch_size: int):
+    def __init__(self, config, rows, batch_size: int, seed: int | None = None):
         import grain
 
-        self.rows, self.batch_size, self.seed = rows, batch_size, config.seed
+        self.rows, self.batch_size, self.seed = rows, batch_size, config.seed if seed is None else seed
         self.jitter, self.prefetch = config.data.jitter, config.data.prefetch
-        self.num_bytes = rows.store.num_bytes if isinstance(rows, PackedRows) else 0
+        self.num_bytes = rows.num_bytes
         # Grain's shuffle is a true permutation, new in each epoch, and indexable at any point.
-        order = grain.MapDataset.range(len(rows)).seed(config.seed)
+        order = grain.MapDataset.range(len(rows)).seed(self.seed)
         self.order = order.shuffle() if config.data.shuffle else order
         self.order = self.order.repeat()
 
@@ -95,9 +94,17 @@ class Batches:
         """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T), or of it the rows
         `rows` alone (what one of several processes needs, `Feed.rows`)."""
         places = [step * self.batch_size + int(row) for row in (range(self.batch_size) if rows is None else rows)]
+        return self.rows_at(places)
+
+    def rows_at(self, places: list[int]) -> dict[str, np.ndarray]:
+        """Rows of the run, counted from its start."""
         epochs = [i // len(self.rows) for i in places]
         offsets = {epoch: self._offset(epoch) for epoch in set(epochs)}
         return self.rows.take([int(self.order[i]) for i in places], [offsets[epoch] for epoch in epochs])
+
+    def where(self, place: int) -> dict:
+        """What row `place` of the run is: {"epoch", "index"}, and in a mixture "source"."""
+        return {"epoch": place // len(self.rows), "index": int(self.order[place])}
 
     def _offset(self, epoch: int) -> int:
         """Tokens by which the row grid is moved in this epoch."""
@@ -151,3 +158,29 @@ class Batches:
         finally:
             closed.set()
             thread.join()
+
+
+class MixedBatches(Batches):
+    """Of several sources, each in an order of its own, by data.mixture. Has no rows to evaluate on."""
+
+    def __init__(self, config, stores: dict, rows: dict):
+        self.names, self.batch_size, self.prefetch = list(rows), config.batch_size, config.data.prefetch
+        # By its name: a source's order stays the same when others come and go.
+        self.parts = [Batches(config, of, 1, (config.seed + zlib.crc32(name.encode())) % 2**32) for name, of in rows.items()]
+        self.stages = build_stages(config, stores, {name: len(of) for name, of in rows.items()})
+        self.num_rows = config.steps * config.batch_size
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def rows_at(self, places):
+        sources, numbers = zip(*map(self.stages.at, places), strict=True)
+        return gathered(sources, numbers, lambda source, of: self.parts[source].rows_at(of))
+
+    def where(self, place):
+        source, number = self.stages.at(place)
+        return {"source": self.names[source], **self.parts[source].where(number)}
+
+    def about(self) -> tuple[str, ...]:
+        return ("mixture: " + ", ".join(f"{name} {had / self.num_rows:.2%} of the rows ({had / len(part):.3g} epochs)" for
+                                        name, had, part in zip(self.names, self.stages.had, self.parts, strict=True)),)

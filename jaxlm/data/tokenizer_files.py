@@ -5,7 +5,7 @@ import base64
 import json
 import pathlib
 
-from jaxlm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from jaxlm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from jaxlm.errors import UserError
 
 # How Qwen 2 cuts text into words before BPE; its tokenizer_config.json names only the class.
@@ -31,7 +31,10 @@ def open_tokenizer(path: str):
         models = [file for name, file in files.items() if name.endswith(".model")]
         if json_file := next((f for name, f in files.items() if name.endswith(".json") and not name.startswith(
                 ("vocab", "tokenizer_config"))), None):
-            tokenizer = HuggingFaceTokenizer(json_file.read_text())
+            text = json_file.read_text()
+            if text.startswith('{"kind": '):  # what a store keeps
+                return load_tokenizer(text)
+            tokenizer = HuggingFaceTokenizer(text)
         elif "vocab.json" in files and "merges.txt" in files:
             tokenizer = byte_level_bpe(files["vocab.json"], files["merges.txt"], settings)
         elif models:

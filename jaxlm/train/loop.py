@@ -114,6 +114,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         f"{config.batch_size * config.seq_len:,} tokens a step",
         *([f"training {model.num_trained:,} of them, the others are frozen"] if model.num_trained < model.num_parameters else []),
         *untaken,
+        *data.about,
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
         + (f" (auto: {program.layout})" if program.layout else ""),
