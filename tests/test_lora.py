@@ -65,8 +65,9 @@ def leaf(tree, path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(optimizer__freeze="embedding|layers/attention/.*"), dict(optimizer__freeze=".*(kernel|embedding)", grad_accum_steps=4),
-    dict(optimizer__freeze="layers/.*", mesh__fsdp=8, optimizer__name="muon"),
+    pytest.param(dict(optimizer__freeze="embedding|layers/attention/.*"), marks=pytest.mark.slow),
+    dict(optimizer__freeze=".*(kernel|embedding)", grad_accum_steps=4),
+    pytest.param(dict(optimizer__freeze="layers/.*", mesh__fsdp=8, optimizer__name="muon"), marks=pytest.mark.slow),
     dict(model__lora_rank=4, optimizer__ema_decay=0.5, mesh__fsdp=2, mesh__tensor=2)])
 def test_what_is_frozen_keeps_its_bits_and_has_no_moments(changes):
     """And what trains moves as in a run whose other learning rates are zero."""
