@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
+from jaxlm.huggingface.save import check_free
 from jaxlm.huggingface.tensors import Planned, parse_json, read_safetensors, write_file
 from jaxlm.models.dense import add_adapter
 from jaxlm.parallel.rules import rules_of_parameters, sharding_of
@@ -127,8 +128,7 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
     planned = [Planned(name, np.dtype(np.float32), shape_there(place[2]), lambda place=place: numbers(*place))
                for name, place in wanted.items()]
     target = pathlib.Path(os.path.abspath(folder))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to={folder}: is there already; choose another folder, or remove it")
+    check_free(folder, target)
     temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

@@ -36,8 +36,10 @@ def pretrained_params(program, config, fresh):
     shared = flatten_paths(taken)
     for path, array in shared.items():
         spec = specs[path]
-        shared[path] = jax.jit(fit_vocabulary, static_argnums=(1, 2), out_shardings=lay(spec, spec.shape))(
-            array, spec.axes, spec.shape).astype(spec.dtype)
+        if array.shape != spec.shape:
+            fit = jax.jit(fit_vocabulary, static_argnums=(1, 2), out_shardings=lay(spec, spec.shape))
+            array = fit(array, spec.axes, spec.shape)
+        shared[path] = array.astype(spec.dtype)
     if fresh_ones := sorted(path for path in skipped if not re.fullmatch(ADAPTER, path)):
         lines.append("from scratch: " + ", ".join(fresh_ones))
     leaves, tree = jax.tree_util.tree_flatten_with_path(taken)
@@ -61,8 +63,6 @@ def starts_fresh(config, path: str) -> bool:
 
 def fit_vocabulary(array, axes: tuple, shape: tuple):
     """The parameter with as many words as `shape` says along its axis "vocab"."""
-    if array.shape == shape:
-        return array
     axis = axes.index("vocab")
     old, new = array.shape[axis], shape[axis]
     if new < old:
