@@ -59,7 +59,7 @@ def seconds_in_train(folder: pathlib.Path, steps: int) -> float:
 def seconds_bare(steps: int) -> float:
     from jaxlm.data.loader import build_data
     from jaxlm.kernels.attention import choose_backend
-    from jaxlm.objectives.next_token import build_objective
+    from jaxlm.objectives.build import build_objective
     from jaxlm.optimizers.build import build_optimizer
     from jaxlm.optimizers.schedules import build_schedule
     from jaxlm.train.state import build_init, build_model

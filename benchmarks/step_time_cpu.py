@@ -27,7 +27,7 @@ def jaxlm_arm(s):
 
     from jaxlm.config import resolve
     from jaxlm.kernels.attention import choose_backend
-    from jaxlm.objectives.next_token import build_objective
+    from jaxlm.objectives.build import build_objective
     from jaxlm.optimizers.build import build_optimizer
     from jaxlm.optimizers.schedules import build_schedule
     from jaxlm.train.state import build_init, build_model

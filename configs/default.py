@@ -98,7 +98,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.block = "serial"  # serial, parallel
     c.model.masked_lm_head = False  # of family=encoder: a layer and a norm before the head, and a bias of the logits
     c.model.pooler = False  # of family=encoder: a layer on the first token's vector
-    c.model.num_classes = 0  # of family=encoder: of texts, told from the pooler; 0: no classification head
+    c.model.num_classes = 0  # of texts: a classification head, in place of that for tokens; 0: none, or as many as data.classes
+    c.model.pooling = "last"  # what the head sees of a text: its last token (of decoders), first (BERT), or the mean of all
+    c.model.decoder_start = -1  # of family=encoder_decoder: the id its text begins with; -1: the tokenizer's end token (T5: 0)
     c.model.tie_embeddings = True
     c.model.embed_scale = 1.0  # multiplies the embedding's output; Gemma: sqrt(embed_dim)
     c.model.logit_scale = 1.0  # multiplies logits; T5: 1/sqrt(embed_dim)
@@ -121,9 +123,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.adapter = ""  # a folder in PEFT's form: the adapters that this run starts with; it sets the three lora keys
 
     c.objective = ConfigDict()
-    c.objective.name = "next_token"
+    c.objective.name = "next_token"  # next_token, classification (data.form=label), seq2seq (family=encoder_decoder)
     c.objective.z_loss = 0.0  # weight of mean(logsumexp^2)
     c.objective.label_smoothing = 0.0
+    c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1
 
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic
@@ -135,8 +138,21 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.mixture_stages = ()  # ((1000, {"web": 0.5, "code": 0.5}),): other weights from a step on; those not named are 0
     c.data.valid_path = ""  # empty: the last valid_fraction of the text is held out
     c.data.valid_fraction = 0.1
+    c.data.valid_every = 0  # >0: instead every n-th document is held out (9, 19, ... counted from 0, for 10)
+    c.data.test_path = ""  # for `jaxlm eval --split=test`; nothing is learned from it
+    c.data.folds = 0  # of examples: the training split is dealt out to so many folds, each class evenly (cross-validation);
+    c.data.fold = 0  # this one is held out. 0 folds: off
     c.data.root = ""  # relative paths start here; empty: the current directory
     c.data.store_dir = ""  # token stores; empty: $JAXLM_CACHE, or ~/.cache/jaxlm
+    # What a document is: text (all of it is told), or an example: pair (data.prompt -> data.target), label (data.prompt ->
+    # class), chat (messages, ShareGPT, Alpaca, through the chat template: answers are told), preference (chosen, rejected)
+    c.data.form = "text"
+    c.data.prompt = ""  # of pair, label: what is given, with fields of the record: "{de} => "; empty: "{prompt}", the text field
+    c.data.target = ""  # of pair: what is told; a field that is a list has several right answers; empty: "{target}"
+    c.data.label_field = "label"  # of label: the class, by name,
+    c.data.classes = ()  # one of these: ("negative", "positive")
+    c.data.parallel = ()  # of pair: ("de", "en"): path a/train is a/train.de and a/train.en, whose lines are fields of a record
+    c.data.source_len = 0  # of family=encoder_decoder: tokens of the encoder's text; 0: seq_len
     c.data.document = "file"  # what one document is in a text file: file, line. A record of another format is always one
     c.data.text_field = "text"  # of a record (jsonl, csv, tsv, parquet, arrow, array_record): where its text is
     c.data.header = True  # of csv, tsv: the first row names the fields; False: they are "0", "1", ...

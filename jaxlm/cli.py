@@ -145,6 +145,7 @@ def run_train(args):
 
 def add_eval(verb):
     add_model(verb)
+    verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -154,19 +155,21 @@ def run_eval(args):
 
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
-    from jaxlm.objectives.next_token import build_objective
+    from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
     run = open_run(args.workdir, args.overrides)
-    if run.data.valid is None:
-        raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)")
+    split = run.data.valid if args.split == "valid" else run.data.test
+    if split is None:
+        raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)"
+                        if args.split == "valid" else "--split=test: there is none; set --config.data.test_path=FILE")
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
-    feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
-    batches = run.data.valid.evaluation_batches(rows=feed.rows)
-    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}
+    feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
+    batches = split.evaluation_batches(rows=feed.rows)
+    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, split.num_bytes)}
     if distributed.is_main():
         print(json.dumps(result) if args.json else "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))

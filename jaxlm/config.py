@@ -157,6 +157,14 @@ def resolve(config: ConfigDict) -> None:
     m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
     m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
+    d = config.data
+    d.source_len = d.source_len or config.seq_len
+    if d.form != "text":  # examples stay whole, and do not see one another
+        d.isolate_documents, d.packing = True, "best_fit" if d.packing == "concat" else d.packing
+        d.prompt = d.prompt or ("{%s}" % d.text_field if d.form == "label" else "{prompt}")
+        d.target = d.target or "{target}"
+    if config.objective.name == "classification":
+        m.num_classes = m.num_classes or len(d.classes)
 
 
 def validate(config: ConfigDict) -> None:
@@ -227,7 +235,7 @@ def validate(config: ConfigDict) -> None:
     if m.family == "encoder":
         check("L" not in m.window_pattern, f"model.window_pattern={m.window_pattern!r}: model.family=encoder has none; use G")
     else:
-        for key in ("masked_lm_head", "pooler", "num_classes", "token_types"):
+        for key in ("masked_lm_head", "pooler", "token_types"):
             check(not m[key], f"model.{key}={m[key]}: is for model.family=encoder; remove it")
     if m.family == "encoder_decoder":
         for key in ("first_dense_layers", "value_residual", "embed_norm"):
@@ -239,7 +247,8 @@ def validate(config: ConfigDict) -> None:
           f"{m.relative_buckets}, which must be at least 4")
     check(m.position != "relative" or m.attention == "multihead",
           f"model.attention={m.attention!r}: model.position=relative needs model.attention=multihead")
-    check(not m.num_classes or m.pooler, f"model.num_classes={m.num_classes}: classes are told from the pooler; set model.pooler")
+    check(not m.num_classes or m.family != "encoder_decoder",
+          f"model.num_classes={m.num_classes}: model.family=encoder_decoder has no head for classes; use encoder or decoder")
     check(m.norm_place != "sum" or m.block == "serial", f"model.block={m.block!r}: model.norm_place=sum needs model.block=serial")
     check(m.lora_rank >= 0, f"model.lora_rank={m.lora_rank}: must not be negative; 0 is none")
     check(not (m.from_scratch or m.adapter) or m.from_pretrained,
@@ -251,12 +260,13 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
-    check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
+    problems += example_problems(c)
+    check(0 < c.data.valid_fraction < 1 or c.data.valid_path or c.data.valid_every, "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
-               "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
+               "model.pooling": ("last", "first", "mean"), "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
                "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
                "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
@@ -284,6 +294,35 @@ def validate(config: ConfigDict) -> None:
     problems += import_parts(c.imports)
     if problems:
         raise UserError(*problems)
+
+
+def example_problems(c: ConfigDict) -> list[str]:
+    """Of data.form and what must fit to it."""
+    d, o, m, problems = c.data, c.objective, c.model, []
+
+    def check(ok, problem):
+        if not ok:
+            problems.append(problem)
+
+    check(bool(d.classes) == (d.form == "label") and len(set(d.classes)) == len(d.classes),
+          f"data.classes={d.classes}: names each class once, with data.form=label, and is () otherwise")
+    check(not d.parallel or d.form == "pair" and len(d.parallel) > 1,
+          f"data.parallel={d.parallel}: needs data.form=pair and at least two endings")
+    check(d.valid_every >= 0 and d.valid_every != 1, f"data.valid_every={d.valid_every}: must be 0 (off), or above 1")
+    check(d.folds == 0 or d.form in ("pair", "label", "chat") and d.folds > 1 and 0 <= d.fold < d.folds,
+          f"data.folds={d.folds}, data.fold={d.fold}: needs data.form=label, pair or chat, at least 2 folds, and one of them")
+    for objective, form in (("classification", "label"), ("seq2seq", "pair")):
+        check(o.name != objective or d.form == form or d.source == "synthetic",
+              f"data.form={d.form!r}: objective.name={objective} needs {form!r}")
+    check((o.name == "seq2seq") == (m.family == "encoder_decoder") or o.name not in ("seq2seq", "next_token"),
+          f"objective.name={o.name!r}: model.family={m.family} needs another; encoder_decoder and seq2seq go together")
+    check((o.name == "classification") == bool(m.num_classes) or m.family == "encoder" and o.name != "classification",
+          f"model.num_classes={m.num_classes}: goes with objective.name=classification")
+    check(o.name == "classification" or not o.class_weights,
+          "objective.class_weights: is of objective.name=classification; remove it")
+    check(not o.class_weights or len(o.class_weights) == m.num_classes and min(o.class_weights) >= 0,
+          f"objective.class_weights={o.class_weights}: give one number, not negative, for each of {m.num_classes} classes")
+    return problems
 
 
 def import_parts(names) -> list[str]:

@@ -12,7 +12,7 @@ from jaxlm.config import validate
 from jaxlm.errors import UserError
 from jaxlm.kernels import attention
 from jaxlm.kernels.attention import Extras, attend, choose_backend
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated
@@ -91,7 +91,7 @@ def test_backends_that_are_causal_refuse(backend):
 @pytest.mark.parametrize("change, word", [
     (dict(window=4, window_pattern="LG"), "window_pattern"),
     (dict(family="decoder", pooler=True, token_types=0), "model.pooler=True"),
-    (dict(num_classes=3), "set model.pooler"), (dict(block="parallel"), "model.block='parallel'")])
+    (dict(block="parallel"), "model.block='parallel'")])
 def test_what_does_not_fit_is_named(change, word):
     with pytest.raises(UserError) as error:
         make_config(**{**OURS, **change})

@@ -62,8 +62,8 @@ def opened(folder, *overrides, devices=1, backend="plain"):
 def head_of(module):
     """What of a model is compared: its last head."""
     if hasattr(module, "classifier"):
-        return module.classes
-    return module.pooled if hasattr(module, "pooler") else module.logits
+        return lambda x_BTD: module.classes(x_BTD[:, 0])
+    return (lambda x_BTD: module.pooled(x_BTD[:, 0])) if hasattr(module, "pooler") else module.logits
 
 
 def beside(module, rows=slice(None)) -> dict:

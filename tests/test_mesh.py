@@ -11,7 +11,7 @@ from configs import default
 from jaxlm.config import resolve
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import attend
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.automatic import choose_axes

@@ -14,7 +14,7 @@ from jaxlm.config import load, validate
 from jaxlm.errors import UserError
 from jaxlm.models.block import Context, Inits
 from jaxlm.models.moe import MixtureOfExperts, Stats, balance_biases, build_router_loss
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.compile import jit

@@ -8,7 +8,7 @@ import pytest
 from configs import default
 from jaxlm.config import resolve
 from jaxlm.kernels.cross_entropy import cross_entropy
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import OPTIMIZERS, build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.compile import jit

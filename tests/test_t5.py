@@ -13,7 +13,7 @@ from jaxlm.config import validate
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import Extras, attend, choose_backend
 from jaxlm.models.positions import bucket_of
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated

@@ -39,7 +39,7 @@ def train_jaxlm(config):
     """-> (first parameters, last parameters, losses, gradient norms)."""
     import jax
 
-    from jaxlm.objectives.next_token import build_objective
+    from jaxlm.objectives.build import build_objective
     from jaxlm.optimizers.build import build_optimizer
     from jaxlm.optimizers.schedules import build_schedule
     from jaxlm.train.state import build_init, build_model, flatten_paths

@@ -9,7 +9,7 @@ from jax.experimental import topologies
 from test_mesh import HYPER, packed_batch, tiny
 
 from jaxlm.kernels.attention import attend
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel.compile import jit

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.data.formats import UNREADABLE, Broken, Extent, format_of
-from jaxlm.data.sources import Skipped, read_texts, reading
+from jaxlm.data.examples import build_form
+from jaxlm.data.sources import Skipped, reading, told
 from jaxlm.data.store import state_of
-from jaxlm.data.tokenizers import build_tokenizer, learns, load_tokenizer
+from jaxlm.data.tokenizers import build_tokenizer, closed, learns, load_tokenizer
 from jaxlm.errors import UserError
 
 SMALLEST, LARGEST, PIECES = 2**20, 2**27, 64  # bytes of a piece: a 64th of the sources, within these
@@ -103,29 +104,31 @@ def alone(build: pathlib.Path):
 
 def make_from_text(config, store, work, sources, workers) -> None:
     settings = reading(config)
-    pieces = {split: plan(settings, files) for split, files in sources.items()}
-    texts = lambda: itertools.chain(*(read_texts(settings, piece.extents, Skipped()) for of in pieces.values() for piece in of))
+    pieces, form = {split: plan(settings, files) for split, files in sources.items()}, build_form(settings)
+    items = lambda pieces: itertools.chain(*(form.read(piece.extents, Skipped()) for piece in pieces))
+    everything = [piece for of in pieces.values() for piece in of]
     only, count = None, 0
-    for text in itertools.islice(texts(), 3):  # up to two documents are not marked off from one another
-        only, count = text if not count else None, count + 1
+    for item in itertools.islice(items(everything), 3):  # up to two documents are not marked off from one another
+        only, count = item if not count else None, count + 1
     if not count:
         raise UserError(f"data.path={config.data.path}: holds no text; give a file with text")
-    tokenizer = kept_tokenizer(config, store, texts)
-    if only is not None and "valid" not in pieces:  # one document: its last characters
+    seen = everything if closed(config) else [piece for split in ("train", "valid") if split in pieces for piece in pieces[split]]
+    tokenizer = kept_tokenizer(config, store, lambda: (text for item in items(seen) for text in form.texts(item)))
+    if isinstance(only, str) and "valid" not in pieces:  # one document: its last characters
         cut = int((1 - config.data.valid_fraction) * len(only))
-        pieces = {"train": [Piece(0, (), only[:cut])], "valid": [Piece(0, (), only[cut:])]}
+        pieces |= {"train": [Piece(0, (), only[:cut])], "valid": [Piece(0, (), only[cut:])]}
     numbers = itertools.count()
     pieces = {split: [piece._replace(number=next(numbers)) for piece in of] for split, of in pieces.items()}
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    end = (tokenizer.eos_id,) if count > 2 and tokenizer.eos_id is not None else ()
+    end = (tokenizer.eos_id,) if count > 2 and tokenizer.eos_id is not None and not form.marks else ()
     job = Job(settings, tuple(config.imports), str(store), str(work), dtype.name, end)
     todo = [piece for of in pieces.values() for piece in of if not shard_done(job, piece)]
     shards = make_shards(job, tokenizer, todo, [p for of in pieces.values() for p in of], workers)
     ranges = {split: [(piece.number, 0, shards[piece.number]["documents"]) for piece in of] for split, of in pieces.items()}
     if "valid" not in ranges:
-        ranges = cut_splits(config, ranges["train"])
+        ranges |= cut_splits(config, ranges["train"], form.group)
     splits = {split: write_starts(store / f"{split}-starts.npy", of, shards, work) for split, of in ranges.items()}
-    if not sum(split["bytes"] for split in splits.values()):
+    if not sum(split["tokens"] for split in splits.values()):
         raise UserError(f"data.path={config.data.path}: holds no text; give a file with text")
     write_manifest(config, store, sources, shards, splits, tokenizer)
 
@@ -134,11 +137,11 @@ def write_manifest(config, store, sources, shards, splits, tokenizer) -> None:
     skipped = [shard["skipped"] for shard in shards if "skipped" in shard]
     facts = {file: fact for of in sources.values() for file, fact in of.items()}
     write_durably(store / "manifest.json", json.dumps({
-        "vocab_size": tokenizer.vocab_size, "tokenizer": config.data.tokenizer, "settings": vars(reading(config).data),
+        "vocab_size": tokenizer.vocab_size, "tokenizer": config.data.tokenizer, "settings": told(config),
         "sources": {file: {key: fact[key] for key in ("sha256", "bytes")} for file, fact in facts.items()},
         "skipped": {"count": sum(s["count"] for s in skipped), "first": [p for s in skipped for p in s["first"]][:100]},
         "shards": [{key: shard[key] for key in ("file", "dtype", "offset", "tokens", "sha256")} for shard in shards],
-        "splits": splits}, indent=1).encode())
+        "splits": splits, **({"marks": True} if config.data.form != "text" else {})}, indent=1).encode())
 
 
 def plan(settings, files: dict[str, dict]) -> list[Piece]:
@@ -147,7 +150,7 @@ def plan(settings, files: dict[str, dict]) -> list[Piece]:
     pieces, held = [], []
     for file, fact in files.items():
         try:
-            extents = format_of(file).cut(settings, file, fact["bytes"], about)
+            extents = format_of(file, settings.data.parallel).cut(settings, file, fact["bytes"], about)
         except (Broken, *UNREADABLE):  # reading tells what is wrong, or counts it
             extents = [Extent(file, 0, None, fact["bytes"])]
         for extent in extents:
@@ -184,15 +187,16 @@ def shard_done(job: Job, piece: Piece) -> dict | None:
 def make_shard(job: Job, tokenizer, piece: Piece, progress=lambda documents: None) -> dict:
     """The ids of a piece's documents, in a file -> what is known of it. A pure function of job, tokenizer and piece."""
     ids_file, lengths_file, info_file = shard_files(job, piece.number)
-    temporary = ids_file.with_suffix(f".{os.getpid()}")
+    temporary, marks_file = ids_file.with_suffix(f".{os.getpid()}"), ids_file.with_suffix(".marks")
     skipped, digest, lengths, sizes, total = Skipped(), hashlib.sha256(), array("q"), array("q"), 0
-    texts = [piece.text] if piece.text is not None else read_texts(job.settings, piece.extents, skipped)
+    form = build_form(job.settings, tokenizer)
+    items = [piece.text] if piece.text is not None else form.read(piece.extents, skipped)
     typecode = "H" if job.dtype == "uint16" else "I"
     try:
-        with open(temporary, "wb") as out:
-            for batch in batched(texts):
-                flat = array(typecode)
-                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        with open(temporary, "wb") as out, open(marks_file, "wb") if form.marks else contextlib.nullcontext() as marks_out:
+            for batch in batched(items, form.size):
+                flat, marks = array(typecode), bytearray()
+                for ids, mark, size in form.encode(batch):
                     before = len(flat)
                     if isinstance(ids, list):
                         flat.extend(ids)
@@ -200,13 +204,18 @@ def make_shard(job: Job, tokenizer, piece: Piece, progress=lambda documents: Non
                         flat.frombytes(np.asarray(ids, job.dtype).tobytes())
                     flat.extend(job.end)
                     lengths.append(len(flat) - before)
-                    sizes.append(len(text) if text.isascii() else len(text.encode()))
+                    sizes.append(size)
+                    marks += mark
                 out.write(flat)
                 digest.update(flat)
+                if form.marks:
+                    marks_out.write(marks)
+                    digest.update(marks)
                 total += len(flat)
                 progress(len(batch))
-            out.flush()
-            os.fsync(out.fileno())
+            for written in (out, marks_out) if form.marks else (out,):
+                written.flush()
+                os.fsync(written.fileno())
         with open(lengths_file, "wb") as out:
             np.save(out, np.array([lengths, sizes], np.int64))
             out.flush()
@@ -220,12 +229,12 @@ def make_shard(job: Job, tokenizer, piece: Piece, progress=lambda documents: Non
     return info
 
 
-def batched(texts):
-    """Lists of texts of about BATCH characters together: the tokenizer is called seldom, and memory stays small."""
+def batched(items, size_of):
+    """Lists of documents of about BATCH characters together: the tokenizer is called seldom, and memory stays small."""
     held, size = [], 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
+    for item in items:
+        held.append(item)
+        size += size_of(item)
         if size >= BATCH or len(held) >= 4096:
             yield held
             held, size = [], 0
@@ -286,17 +295,22 @@ class Meter:
 # ---- From shards to splits -------------------------------------------------------------------------------------------------
 
 
-def cut_splits(config, parts) -> dict[str, list[tuple[int, int, int]]]:
+def cut_splits(config, parts, group: int) -> dict[str, list[tuple[int, int, int]]]:
     """[(shard, first document, end)] -> the same for each split: the last data.valid_fraction of the documents are for
-    validation."""
-    documents = sum(end for _, _, end in parts)
-    left = min(documents - 1, max(1, int((1 - config.data.valid_fraction) * documents)))
-    out = {"train": [], "valid": []}
+    validation, or every data.valid_every-th. group: documents that belong together."""
+    total, every = sum(end for _, _, end in parts) // group, config.data.valid_every
+    left = min(total - 1, max(1, int((1 - config.data.valid_fraction) * total)))
+    out, at = {"train": [], "valid": []}, 0  # at: documents before the shard
     for shard, _, end in parts:
-        here = min(end, left)
-        out["train"] += [(shard, 0, here)] if here else []
-        out["valid"] += [(shard, here, end)] if here < end else []
-        left -= here
+        if every:
+            held = np.arange(at, at + end) // group % every == every - 1
+            borders = [0, *(np.flatnonzero(np.diff(held)) + 1).tolist(), end] if end else []
+        else:
+            borders = sorted({0, min(end, max(0, left * group - at)), end})
+        for first, stop in itertools.pairwise(borders):
+            is_valid = held[first] if every else at + first >= left * group
+            out["valid" if is_valid else "train"].append((shard, first, stop))
+        at += end
     return out
 
 

@@ -18,10 +18,12 @@ from jaxlm.errors import UserError
 
 # "User:", a line with what the user says, "Assistant:", a line with the answer, whose end is the end token where there is one.
 PLAIN = """\
+{%- if tools %}{{ 'Tools:\\n' + tools | tojson + '\\n' }}{% endif %}
 {%- for message in messages %}
     {{- message.role | capitalize + ':\\n' }}
     {%- if message.role == 'assistant' %}
-        {%- generation %}{{ message.content + eos_token + '\\n' }}{% endgeneration %}
+        {%- generation %}{{ message.content }}
+        {%- for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}{{ eos_token + '\\n' }}{% endgeneration %}
     {%- else %}
         {{- message.content + '\\n' }}
     {%- endif %}
@@ -161,7 +163,8 @@ def environment() -> jinja2.Environment:
 
 def open_chat_template(tokenizer, name: str) -> ChatTemplate:
     """Of the tokenizer that `data.tokenizer` = name: what lies in the folder of its tokenizer.json, or PLAIN."""
-    folder = pathlib.Path(name).parent if pathlib.Path(name).is_file() else None
+    place = pathlib.Path(name)
+    folder = place if place.is_dir() else place.parent if place.is_file() else None
     texts = texts_in(folder) if folder else {}
     if not texts:
         return ChatTemplate(PLAIN, {"eos_token": tokenizer.eos_token or ""})

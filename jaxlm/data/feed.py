@@ -20,7 +20,7 @@ class Feed:
             self.rows = np.unique(np.concatenate([np.arange(*block) for block in blocks]))
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays (len(rows), T) -> global arrays (B, T)."""
+        """Host arrays (len(rows), T) -> global arrays (B, T); another T too (an encoder's text)."""
         if self.rows is None:
             return jax.device_put(batch, self.sharding)
         return {name: self._global(local) for name, local in batch.items()}
@@ -31,7 +31,7 @@ class Feed:
             first = int(np.searchsorted(self.rows, start))
             return local[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback(self.shape, self.sharding, block)
+        return jax.make_array_from_callback((self.shape[0], local.shape[1]), self.sharding, block)
 
 
 def put_everywhere(tree, sharding):

@@ -6,6 +6,7 @@ text, a dict of fields, or a `Bad` one. What cannot be read on at all raises `Br
 
 import csv
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -37,8 +38,10 @@ class Broken(Exception):
     """The file cannot be read on from here."""
 
 
-def format_of(file: str):
-    """By the ending; text where there is none of ours."""
+def format_of(file: str, parallel=()):
+    """By the ending; text where there is none of ours. parallel: data.parallel."""
+    if any(file.endswith(f".{ending}") for ending in parallel):
+        return Parallel
     name = file.removesuffix(".gz").removesuffix(".zst")
     return FORMATS[next((ending for ending in FORMATS if name.endswith(ending)), ".txt")]
 
@@ -172,6 +175,35 @@ class Text:
         else:
             with open_stream(extent.file) as source:
                 yield None, decode(source.read(), config.data.errors, 0)
+
+
+class Parallel:
+    """Files "train.de", "train.en" (data.parallel=("de", "en")): line n of each is a field, named by the ending, of record n.
+    They are read by the first of them, as one extent."""
+
+    numbers = "lines"
+
+    @staticmethod
+    def cut(config, file, size, about):
+        return [Extent(file, 0, None, size)] if file.endswith(f".{config.data.parallel[0]}") else []
+
+    @staticmethod
+    def read(config, extent):
+        first, *_ = endings = config.data.parallel
+        files = {ending: extent.file.removesuffix(first) + ending for ending in endings}
+
+        def lines(file):
+            offset = 0
+            with open_stream(file) as source:
+                for line in source:
+                    yield decode(line.rstrip(b"\r\n"), config.data.errors, offset)
+                    offset += len(line)
+
+        for number, texts in enumerate(itertools.zip_longest(*map(lines, files.values())), 1):
+            if None in texts:
+                shorter = next(file for file, text in zip(files.values(), texts, strict=True) if text is None)
+                raise Broken(f"has more lines than {shorter} ({number - 1}), so they do not belong together")
+            yield number, next((t for t in texts if isinstance(t, Bad)), dict(zip(endings, texts, strict=True)))
 
 
 @FORMATS.register(".jsonl")

@@ -26,6 +26,7 @@ class Data(NamedTuple):
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
     fingerprint: str | None  # of the text and what makes tokens of it
     about: tuple[str, ...] = ()  # lines for the start of the log
+    test: Any = None  # Batches, where there is data.test_path
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -36,7 +37,8 @@ def build_data(config, text: bool = True) -> Data:
     if config.data.source == "synthetic":
         vocab_size = asked or 256
         _ = config.data.tokenizer, multiple  # bytes; nothing to round
-        rows = SyntheticRows(vocab_size, config.seq_len, config.seed)
+        source_len = config.data.source_len if config.model.family == "encoder_decoder" else 0
+        rows = SyntheticRows(vocab_size, config.seq_len, config.seed, source_len)
         return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size, None)
     if not text and os.path.exists(config.data.tokenizer):
         tokenizer = build_tokenizer(config, [])
@@ -49,21 +51,47 @@ def build_data(config, text: bool = True) -> Data:
     if problems:
         raise UserError(*problems)
     vocab_size = asked or -(-tokenizer.vocab_size // multiple) * multiple
-    train, valid = ({name: build_rows(config, of[split], split) for name, of in stores.items()} for split in ("train", "valid"))
-    about = tuple(f"{name}: {line}" if name else line for name, rows in train.items() for line in rows.about())
+    rows = {split: {name: found for name, of in stores.items()
+                    if (found := rows_of(config, of, split, tokenizer)) is not None} for split in ("train", "valid", "test")}
+    train, valid, test = rows["train"], rows["valid"], rows["test"]
+    about = tuple(f"{name}: {line}" if name else line for name, of in train.items() for line in of.about())
     folders = [of["train"].folder.name for of in stores.values()]
+    held_out = [Batches(config, of[""] if "" in of else MixedRows(list(of.values())), config.eval.batch_size) if of else None
+                for of in (valid, test)]
     if not config.data.mixture:
-        return Data(Batches(config, train[""], config.batch_size), Batches(config, valid[""], config.eval.batch_size), tokenizer,
-                    vocab_size, folders[0], about)
+        return Data(Batches(config, train[""], config.batch_size), held_out[0], tokenizer, vocab_size, folders[0], about,
+                    held_out[1])
     batches = MixedBatches(config, stores, train)
-    return Data(batches, Batches(config, MixedRows(list(valid.values())), config.eval.batch_size), tokenizer, vocab_size,
-                hashlib.sha256(" ".join(folders).encode()).hexdigest()[:24], (*about, *batches.about()))
+    return Data(batches, held_out[0], tokenizer, vocab_size, hashlib.sha256(" ".join(folders).encode()).hexdigest()[:24],
+                (*about, *batches.about()), held_out[1])
+
+
+def rows_of(config, stores, split: str, tokenizer):
+    """Of one source; None where it has no such split. With data.folds the training documents are dealt out to train and valid."""
+    if split == "test" or not config.data.folds:
+        return build_rows(config, stores[split], split, tokenizer) if split in stores else None
+    store = stores["train"]
+    of_fold = deal(store, config.data.folds) == config.data.fold
+    return build_rows(config, store, split, tokenizer, np.flatnonzero(of_fold if split == "valid" else ~of_fold))
+
+
+def deal(store, folds: int) -> np.ndarray:
+    """Which fold each example is in, each of what they end with (of labelled text, each class) about evenly in all of them."""
+    last = np.array([store.tokens(end - 1, end)[0] for end in (*store.document_starts[1:].tolist(), store.num_tokens)])
+    fold, rng = np.empty(len(last), np.int64), np.random.default_rng(0)
+    for value in np.unique(last):
+        of = rng.permutation(np.flatnonzero(last == value))
+        fold[of] = np.arange(len(of)) % folds
+    return fold
 
 
 def row_problems(config, stores, name: str) -> list[str]:
     """Splits too short for a row. name: of the source, in a mixture."""
     source = f" of source {name!r}" if name else ""
     problems, tokens = [], stores["train"].num_tokens
+    if config.data.form != "text":
+        return [] if stores["valid"].num_tokens or config.data.folds else [
+            f"data.valid_fraction: the validation split{source} is empty; raise it, or set data.valid_path"]
     least = (1 + config.data.jitter) * config.seq_len + 1 if config.data.packing == "concat" else 2
     if tokens < least:
         problems.append(f"seq_len={config.seq_len}: longer than the training data{source} ({tokens} tokens); use at most "

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.data.examples import build_form
 from jaxlm.data.packing import whole
-from jaxlm.data.sources import find_files, read_records
+from jaxlm.data.sources import Skipped, find_files, reading, told, whole_files
 from jaxlm.data.store import content_of, open_store, store_root
 from jaxlm.data.token_files import is_token_file
 from jaxlm.data.tokenizers import build_tokenizer, learns
@@ -209,16 +210,17 @@ def common_tokenizer(config, sources) -> str:
         raise UserError(f"data.tokenizer={config.data.tokenizer}: is made of text, and {tokens[0]} is tokens of another; name "
                         "the tokenizer it was made with")
     facts, d = content_of(files, store_root(config)), config.data
-    told = [d.tokenizer, d.bpe_vocab_size, list(d.special_tokens), d.document, d.text_field, d.errors, d.on_error, d.header,
-            d.array_record, [facts[file]["sha256"] for file in files]]
-    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+    settings = [d.tokenizer, d.bpe_vocab_size, list(d.special_tokens), told(config), [facts[file]["sha256"] for file in files]]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:24]
     file = pathlib.Path(store_root(config), "tokenizers", f"{digest}.json")
     with main_first("tokenizer of the mixture"):
         if not file.exists():
             from jaxlm.data.building import write_durably
 
             file.parent.mkdir(parents=True, exist_ok=True)
-            tokenizer = build_tokenizer(config, (record.text for record in read_records(config, files)))
+            form = build_form(reading(config))
+            items = form.read(whole_files(config, files), Skipped())
+            tokenizer = build_tokenizer(config, (text for item in items for text in form.texts(item)))
             write_durably(file, tokenizer.to_json().encode())
     return str(file)
 

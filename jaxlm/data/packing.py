@@ -1,19 +1,29 @@
-"""Packing: row i of a split as a pure function of i. Rows are a grid over the tokens (`PackedRows`), or whole documents put
-together by a plan that was made once (`PlannedRows`)."""
+"""Packing: row i of a split as a pure function of i. Rows are a grid over the tokens (`PackedRows`), whole documents put
+together by a plan that was made once (`PlannedRows`), or whole examples (`ExampleRows`)."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.plans import open_plan
+from jaxlm.data.examples import FORMS
+from jaxlm.data.plans import best_fit, open_plan
 from jaxlm.errors import UserError
 
 
-def build_rows(config, store, split: str):
-    """The rows of data.packing; of the validation split, windows with an overlap where eval.stride says so."""
+def build_rows(config, store, split: str, tokenizer=None, documents=None):
+    """The rows of data.packing; of the validation split, windows with an overlap where eval.stride says so.
+
+    documents: of examples, those that there are to be rows of; None: all."""
     packing, isolate, stride = config.data.packing, config.data.isolate_documents, config.eval.stride
     jitter = config.data.jitter
-    if split == "valid" and (stride or packing == "concat"):
+    if config.data.form != "text":
+        source = None
+        if config.model.family == "encoder_decoder":
+            start = config.model.decoder_start
+            source = Source(config.data.source_len, tokenizer.eos_id if start < 0 else start, tokenizer.eos_id)
+        return ExampleRows(store, config.seq_len, FORMS[config.data.form], packing, source, documents)
+    if split != "train" and (stride or packing == "concat"):
         return PackedRows(store, config.seq_len, isolate, pad_last=True, stride=stride)
     if packing == "concat":
         return PackedRows(store, config.seq_len, isolate, pad_last=False, jitter=jitter)
@@ -102,22 +112,127 @@ class PlannedRows:
         return (f"{self.packing} packing: {len(self):,} rows, {self.plan.padding(self.seq_len):.2%} padding",)
 
 
+class Source(NamedTuple):
+    """Of an encoder-decoder's rows: what goes to the encoder."""
+
+    length: int  # S
+    start: int  # the id that the decoder's text begins with
+    end: int | None  # the id that the encoder's text ends with
+
+
+class ExampleRows:
+    """Rows of whole examples (`jaxlm.data.examples`) side by side, each a segment of its own. The loss is on what is to be told.
+
+    An example that is longer than a row loses the end of its prompt, or, by its form, its own end; one that has nothing to be
+    told then is left out. packing: "best_fit", "one". source: of an encoder-decoder: what is given goes to the encoder.
+    documents: numbers of those that count; None: all.
+    """
+
+    def __init__(self, store, seq_len: int, form, packing: str, source: Source | None = None, documents=None):
+        self.store, self.seq_len, self.form, self.source, self.packing = store, seq_len, form, source, packing
+        self.num_bytes, self.starts = store.num_bytes, np.append(store.document_starts, store.num_tokens)
+        told_at = np.flatnonzero(store.marks(0, store.num_tokens))
+        place = np.searchsorted(told_at, self.starts)
+        lengths, told = np.diff(self.starts), np.diff(place)
+        first = np.where(told > 0, np.append(told_at, 0)[place[:-1]] - self.starts[:-1], lengths)
+        self.room = seq_len // form.group
+        if source:
+            sources = np.minimum(first + (source.end is not None), source.length)
+            needs, usable = np.maximum(-(-sources * seq_len // source.length), np.minimum(told, seq_len)), told > 0
+            self.num_cut = int(np.sum((told > seq_len) | (first + (source.end is not None) > source.length)))
+        else:
+            needs = np.minimum(lengths - 1, self.room)
+            usable = (told > 0) & (lengths > 1) & (form.cut_prompt | (first <= self.room))
+            self.num_cut = int(np.sum(lengths - 1 > self.room))
+        needs, usable = needs.reshape(-1, form.group).sum(1), usable.reshape(-1, form.group).all(1)
+        wanted = np.arange(len(needs)) if documents is None else np.asarray(documents)
+        self.examples = wanted[usable[wanted]]
+        self.num_left_out = len(wanted) - len(self.examples)
+        if not len(self.examples):
+            raise UserError(f"data.form={form.__name__.lower()}: no example of the {store.split} split has anything to be told; check "
+                            "data.prompt and data.target, or raise seq_len")
+        needs = needs[self.examples]
+        self.order, self.ends = best_fit(needs, seq_len) if packing == "best_fit" else (
+            np.arange(len(needs)), np.arange(1, len(needs) + 1))
+        self.padding = 1 - needs.sum() / (len(self.ends) * seq_len)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
+        """As `PackedRows.take`, with source_tokens, source_segment_ids, source_positions (B, S) for an encoder-decoder; there is
+        no grid to move."""
+        B, T, source = len(indices), self.seq_len, self.source
+        out = {name: np.zeros((B, T), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        out["loss_mask"] = np.zeros((B, T), np.float32)
+        if source:
+            out |= {f"source_{name}": np.zeros((B, source.length), np.int32) for name in ("tokens", "segment_ids", "positions")}
+        for row, i in enumerate(indices):
+            at = source_at = segment = 0
+            for example in self.examples[self.order[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])]].tolist():
+                for document in range(example * self.form.group, (example + 1) * self.form.group):
+                    ids, marks = self.document(document)
+                    segment += 1
+                    if source:
+                        told = int(np.argmax(marks))
+                        given = ids[:told] if source.end is None else np.append(ids[:told][: source.length - 1], source.end)
+                        given, ids, marks = given[: source.length], ids[told - 1 :][: T + 1].copy(), marks[told - 1 :][: T + 1]
+                        ids[0] = source.start
+                        fill(out, "source_", row, source_at, segment, given)
+                        source_at += len(given)
+                    fill(out, "", row, at, segment, ids[:-1])
+                    out["targets"][row, at : at + len(ids) - 1] = ids[1:]
+                    out["loss_mask"][row, at : at + len(ids) - 1] = marks[1:]
+                    at += len(ids) - 1
+        return out
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> (ids, marks), cut to what a row has room for."""
+        start, stop, room = int(self.starts[number]), int(self.starts[number + 1]), self.room + 1
+        ids, marks = self.store.tokens(start, stop), self.store.marks(start, stop)
+        if self.source or stop - start <= room:
+            return ids, marks
+        if self.form.cut_prompt:  # what is to be told comes last
+            told = min(stop - start - int(np.argmax(marks)), room - 1)
+            kept = np.r_[0 : room - told, stop - start - told : stop - start]
+            return ids[kept], marks[kept]
+        return ids[:room], marks[:room]
+
+    def about(self) -> tuple[str, ...]:
+        cut = f", {self.num_cut:,} examples cut to fit" if self.num_cut else ""
+        left_out = f", {self.num_left_out:,} with nothing to be told left out" if self.num_left_out else ""
+        return (f"{len(self.examples):,} examples, {self.packing} packing: {len(self):,} rows, {self.padding:.2%} padding{cut}"
+                f"{left_out}",)
+
+
+def fill(out, prefix: str, row: int, at: int, segment: int, ids) -> None:
+    span = slice(at, at + len(ids))
+    out[f"{prefix}tokens"][row, span], out[f"{prefix}segment_ids"][row, span] = ids, segment
+    out[f"{prefix}positions"][row, span] = np.arange(len(ids))
+
+
 class SyntheticRows:
-    """Random tokens, pure in (seed, index), for benchmarks: nothing is read."""
+    """Random tokens, pure in (seed, index), for benchmarks: nothing is read. source_len: > 0 for an encoder-decoder."""
 
     num_bytes = 0
 
-    def __init__(self, vocab_size: int, seq_len: int, seed: int):
-        self.vocab_size, self.seq_len, self.seed = vocab_size, seq_len, seed
+    def __init__(self, vocab_size: int, seq_len: int, seed: int, source_len: int = 0):
+        self.vocab_size, self.seq_len, self.seed, self.source_len = vocab_size, seq_len, seed, source_len
 
     def __len__(self) -> int:
         return 2**20
 
     def take(self, indices, offsets=0) -> dict[str, np.ndarray]:
         """As `PackedRows.take`; there is no grid to move."""
-        window = np.stack([np.random.default_rng((self.seed, i)).integers(0, self.vocab_size, self.seq_len + 1, np.int32)
+        T, S = self.seq_len, self.source_len
+        window = np.stack([np.random.default_rng((self.seed, i)).integers(0, self.vocab_size, T + 1 + S, np.int32)
                            for i in indices])
-        return {"tokens": window[:, :-1], "targets": window[:, 1:], **whole(len(window), self.seq_len)}
+        batch = {"tokens": window[:, :T], "targets": window[:, 1 : T + 1], **whole(len(window), T)}
+        if not S:
+            return batch
+        source = whole(len(window), S)
+        return batch | {"source_tokens": window[:, T + 1 :], "source_segment_ids": source["segment_ids"],
+                        "source_positions": source["positions"]}
 
 
 def divided(window, begins, live_B) -> dict[str, np.ndarray]:

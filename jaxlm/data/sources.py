@@ -14,6 +14,8 @@ from jaxlm.errors import UserError
 SHAKESPEARE = pathlib.Path(__file__).parent / "shakespeare" / "input.txt"
 # The keys of config.data that decide what a file's documents are.
 READING = ("document", "text_field", "errors", "on_error", "header", "array_record")
+# Those that say how an example is made of a record, where data.form is not "text".
+EXAMPLE = ("form", "parallel", "prompt", "target", "label_field", "classes", "tokenizer")
 
 
 class Record(NamedTuple):
@@ -36,23 +38,30 @@ class Skipped:
 
 
 def reading(config) -> types.SimpleNamespace:
-    """Of a config what `read_records` and `read_texts` look at: small, and it can be sent to another process."""
-    return types.SimpleNamespace(data=types.SimpleNamespace(**{key: getattr(config.data, key) for key in READING}))
+    """Of a config what the functions here and `jaxlm.data.examples` look at: small, and it can be sent to another process."""
+    return types.SimpleNamespace(data=types.SimpleNamespace(**{key: getattr(config.data, key) for key in (*READING, *EXAMPLE)}))
+
+
+def told(config) -> dict:
+    """Of `reading` what the tokens depend on. The tokenizer itself is told of by its contents."""
+    left_out = EXAMPLE if config.data.form == "text" else ("tokenizer",)
+    return {key: value for key, value in vars(reading(config).data).items() if key not in left_out}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------------
 
 
 def find_files(config, paths: str, key: str) -> list[str]:
-    """ "a.txt,b/*.jsonl,gs://c/d.parquet,saved_dataset" -> the files, sorted within each glob. Raises UserError for what is
-    missing or empty."""
+    """ "a.txt,b/*.jsonl,gs://c/d.parquet,saved_dataset" -> the files, sorted within each glob; with data.parallel all of "train"
+    that there are: train.de, train.en. Raises UserError for what is missing or empty."""
     files, problems = [], []
     for part in (part.strip() for part in paths.split(",")):
         if part == "shakespeare":
             files.append(str(SHAKESPEARE))
             continue
         part = part if "://" in part else os.path.join(config.data.root, part)
-        found = find_remote(part) if "://" in part else find_local(part)
+        find = find_remote if "://" in part else find_local
+        found = {file: size for ending in (*config.data.parallel, "") for file, size in find(part + "." * bool(ending) + ending).items()}
         if not found:
             problems.append(f"{key}={part}: no such file; give a text, jsonl or other file (relative to data.root)")
         found |= {index: os.path.getsize(index) for file in found if file.endswith(".bin") and "://" not in file
@@ -117,6 +126,12 @@ def read_records(config, files: list[str], skipped: Skipped | None = None) -> It
             yield Record(text, fields, file if number is None else f"{file}:{number}")
 
 
+def whole_files(config, files: list[str]) -> list[Extent]:
+    """All of each; of those that are read together (data.parallel), by the first."""
+    others = tuple(f".{ending}" for ending in config.data.parallel[1:])
+    return [Extent(file) for file in files if not file.endswith(others)]
+
+
 def read_texts(config, extents, skipped: Skipped) -> Iterator[str]:
     """The documents of parts of files."""
     for extent in extents:
@@ -126,7 +141,26 @@ def read_texts(config, extents, skipped: Skipped) -> Iterator[str]:
 
 def read_extent(config, extent: Extent, skipped: Skipped) -> Iterator[tuple[int | None, str, dict]]:
     """(number, text, other fields) of each document; lines are numbered from the extent's start."""
-    kind, field = format_of(extent.file), config.data.text_field
+    field = config.data.text_field
+
+    def text_of(item):
+        if isinstance(item, str):
+            return item, {}
+        if field not in item or not isinstance(item[field], str):
+            raise Unfit(f"no text in field {field!r} (it has: {', '.join(item)}); set data.text_field, or data.on_error=skip")
+        return item.pop(field), item
+
+    for number, (text, fields) in read_items(config, extent, skipped, text_of):
+        yield number, text, fields
+
+
+class Unfit(Exception):
+    """A record is not what it is read for."""
+
+
+def read_items(config, extent: Extent, skipped: Skipped, take) -> Iterator[tuple[int | None, object]]:
+    """(number, what `take` makes of it) of each record: a string or a dict of fields. take may raise `Unfit`."""
+    kind = format_of(extent.file, config.data.parallel)
 
     def refuse(number, problem):
         if number is None:
@@ -141,13 +175,13 @@ def read_extent(config, extent: Extent, skipped: Skipped) -> Iterator[tuple[int 
         for number, item in kind.read(config, extent):
             if isinstance(item, Bad):
                 refuse(number, item)
-            elif isinstance(item, str):
-                yield number, item, {}
-            elif field not in item or not isinstance(item[field], str):
-                refuse(number, f"no text in field {field!r} (it has: {', '.join(item)}); set data.text_field, or "
-                               "data.on_error=skip")
+                continue
+            try:
+                taken = take(item)
+            except Unfit as problem:
+                refuse(number, problem)
             else:
-                yield number, item.pop(field), item
+                yield number, taken
     except Broken as error:
         refuse(None, f"{error}; fetch it again, or set data.on_error=skip for what was read before")
     except UNREADABLE as error:

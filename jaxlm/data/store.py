@@ -3,7 +3,8 @@
     <store_dir>/tokens/<fingerprint>/manifest.json tokenizer.json {00000,00001,...}.bin {train,valid}-starts.npy
 
 A split is one long array of ids and the places where its documents start. It lies in ranges of shards; a shard is a file of ids,
-in the folder or, where the source is tokens already, elsewhere.
+in the folder or, where the source is tokens already, elsewhere. Where documents are examples (data.form), {00000,...}.marks has a
+byte for each id: 1 where the model is to tell it, 0 where it is given.
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ import time
 import numpy as np
 
 from jaxlm.data.formats import open_binary
-from jaxlm.data.sources import find_files, reading
+from jaxlm.data.sources import find_files, told
 from jaxlm.data.tokenizer_files import tokenizer_files
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
@@ -36,23 +37,33 @@ class TokenStore:
     def __init__(self, folder: pathlib.Path, split: str, manifest: dict):
         info = manifest["splits"][split]
         self.folder, self.split, self.num_tokens, self.num_bytes = folder, split, info["tokens"], info["bytes"]
-        self._parts = []
-        for shard, first, end in info["ranges"]:
-            of = manifest["shards"][shard]
-            dtype = np.dtype(of["dtype"])
-            part = np.memmap(folder / of["file"], dtype, "r", of["offset"] + first * dtype.itemsize, (end - first,))
-            self._parts.append(np.asarray(part))  # a plain view is sliced faster
+        shards = manifest["shards"]
+        # A plain view of a map is sliced faster.
+        ids = {i: np.asarray(np.memmap(folder / shards[i]["file"], shards[i]["dtype"], "r", shards[i]["offset"],
+                                       (shards[i]["tokens"],))) for i in {shard for shard, _, _ in info["ranges"]}}
+        self._parts = [ids[shard][first:end] for shard, first, end in info["ranges"]]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+        self._marks = None
+        if "marks" in manifest:
+            marks = {i: np.asarray(np.memmap((folder / shards[i]["file"]).with_suffix(".marks"), np.uint8, "r")) for i in ids}
+            self._marks = [marks[shard][first:end] for shard, first, end in info["ranges"]]
         self.document_starts = np.asarray(np.load(folder / f"{split}-starts.npy", mmap_mode="r"))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop), cut off at the end of the split."""
+        return self._cut(self._parts, start, stop)
+
+    def marks(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) uint8, as `tokens`: which of them the model is to tell."""
+        return self._cut(self._marks, start, stop)
+
+    def _cut(self, parts_of_split, start, stop):
         stop, parts = min(stop, self.num_tokens), []
         at = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            base = self._ends[at] - len(self._parts[at])
+            base = self._ends[at] - len(parts_of_split[at])
             take = min(stop, int(self._ends[at]))
-            parts.append(self._parts[at][start - base : take - base])
+            parts.append(parts_of_split[at][start - base : take - base])
             start, at = take, at + 1
         if len(parts) == 1:
             return np.asarray(parts[0])
@@ -60,7 +71,7 @@ class TokenStore:
 
 
 def open_store(config):
-    """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer). Builds the store where it does not exist yet."""
+    """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer), with "test" where there is data.test_path. Builds the store where it does not exist yet."""
     folder, sources = locate_store(config)
     workers = config.data.workers or len(os.sched_getaffinity(0))
     with main_first("token store"):
@@ -103,17 +114,19 @@ def store_root(config) -> pathlib.Path:
 
 
 def locate_store(config) -> tuple[pathlib.Path, dict[str, dict[str, dict]]]:
-    """-> its folder, {"train" or "valid": {file: {"sha256", "bytes", "state"}}}. The folder's name is a fingerprint of the
+    """-> its folder, {"train", "valid" or "test": {file: {"sha256", "bytes", "state"}}}. The folder's name is a fingerprint of the
     files' contents and every setting that changes the tokens."""
     d = config.data
     splits = {"train": find_files(config, d.path, "data.path")}
     if d.valid_path:
         splits["valid"] = find_files(config, d.valid_path, "data.valid_path")
+    if d.test_path:
+        splits["test"] = find_files(config, d.test_path, "data.test_path")
     root = store_root(config)
     others = tokenizer_files(d.tokenizer)
     facts = content_of([file for files in splits.values() for file in files] + others, root)
     settings = [VERSION, d.valid_fraction, d.tokenizer if not others else "", d.bpe_vocab_size, list(d.special_tokens),
-                vars(reading(config).data)]
+                told(config), *([d.valid_every] if d.valid_every else [])]
     contents = [[facts[file]["sha256"] for file in files] for files in (*splits.values(), others)]
     digest = hashlib.sha256(json.dumps([settings, contents], sort_keys=True).encode()).hexdigest()[:24]
     return root / digest, {split: {file: facts[file] for file in files} for split, files in splits.items()}

@@ -1,6 +1,7 @@
 """Tokenizers: text <-> ids. Those of files (tokenizer.json, .model, vocab.txt, a folder) are opened by `tokenizer_files`."""
 
 import base64
+import collections
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ from jaxlm.registry import Registry, did_you_mean
 
 TOKENIZERS = Registry("tokenizer", key="data.tokenizer")
 EOS = "<|endoftext|>"
+ETX = "\x03"
 
 
 def build_tokenizer(config, documents: Iterable[str]):
@@ -36,6 +38,12 @@ def learns(config) -> bool:
     return name in TOKENIZERS and TOKENIZERS[name].learns
 
 
+def closed(config) -> bool:
+    """Whether there is no id for what the text that it was made of did not have."""
+    name = config.data.tokenizer
+    return name in TOKENIZERS and TOKENIZERS[name].closed
+
+
 def load_tokenizer(text: str):
     """The inverse of `to_json`."""
     stored = json.loads(text)
@@ -52,6 +60,7 @@ class Tokenizer:
 
     first: list = []
     learns = False  # train() reads the documents
+    closed = False  # can write only what it was made of: it is made of the test split too
     chat_template = ""  # Jinja text that makes a conversation one text, where the tokenizer came with one
 
     @classmethod
@@ -95,18 +104,20 @@ class ByteTokenizer(Tokenizer):
 
 @TOKENIZERS.register("char")
 class CharTokenizer(Tokenizer):
-    """The characters that occur in the text, in code-point order. One document: no end token (it would never occur)."""
+    """The characters that occur in the text, in code-point order. Of text: no end token (a single document has none). Of examples:
+    U+0003, "end of text"."""
 
-    kind, eos_id, eos_token, learns = "char", None, None, True
+    kind, learns, closed = "char", True, True
 
     def __init__(self, state: str):
         self.state = state
         self.codes = np.frombuffer(state.encode("utf-32-le"), np.uint32)
         self.vocab_size = len(self.codes)
+        self.eos_id, self.eos_token = (state.index(ETX), ETX) if ETX in state else (None, None)
 
     @classmethod
     def train(cls, config, documents):
-        characters = set()
+        characters = set() if config.data.form == "text" else {ETX}
         for document in documents:
             characters.update(document)
         return cls("".join(sorted(characters)))
@@ -120,7 +131,50 @@ class CharTokenizer(Tokenizer):
         return ids.astype(np.uint32 if self.vocab_size > 2**16 else np.uint16)
 
     def decode(self, ids, special: bool = False) -> str:
-        return "".join(self.state[int(i)] for i in ids)
+        return "".join(self.state[int(i)] for i in ids if special or int(i) != self.eos_id)
+
+    def token_id(self, token: str) -> int | None:
+        return self.eos_id if token == self.eos_token else None
+
+
+@TOKENIZERS.register("word")
+class WordTokenizer(Tokenizer):
+    """What stands between blanks, and a token at the end of each line: text that was cut into words before, such as WikiText's.
+    In the order of frequency."""
+
+    kind, eos_id, eos_token, learns, closed, line_end = "word", None, None, True, True, "<eos>"
+
+    def __init__(self, state: str):
+        self.state = state
+        self.words = state.split("\n")
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.vocab_size = len(self.words)
+
+    @classmethod
+    def train(cls, config, documents):
+        counts = collections.Counter()
+        for document in documents:
+            counts.update(word for line in lines_of(document) for word in (*line.split(), cls.line_end))
+        return cls("\n".join(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
+
+    def encode(self, text: str) -> np.ndarray:
+        words = [word for line in lines_of(text) for word in (*line.split(), self.line_end)]
+        if text and not text.endswith("\n"):
+            words.pop()
+        try:
+            return np.array([self.ids[word] for word in words], np.uint32 if self.vocab_size > 2**16 else np.uint16)
+        except KeyError as error:
+            raise UserError(f"word {error} is not in the tokenizer's vocabulary of {self.vocab_size:,}; write <unk>, or train "
+                            "with data.tokenizer=bpe") from error
+
+    def decode(self, ids, special: bool = False) -> str:
+        text = " ".join("\n" if self.words[int(i)] == self.line_end else self.words[int(i)] for i in ids)
+        return text.replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
+
+
+def lines_of(text: str) -> list[str]:
+    """Without the empty one after a last line end."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 @TOKENIZERS.register("huggingface")

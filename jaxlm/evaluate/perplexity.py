@@ -1,20 +1,25 @@
 """Loss, perplexity and bits per byte over a validation split."""
 
+import collections
 import math
 
 import jax
 
 
 def evaluate(eval_step, params, batches, put, num_bytes: int) -> dict:
-    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}.
+    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}, and "accuracy" where the objective tells it.
 
     batches: iterable of host batches that covers the split; put: host batch -> device batch.
-    num_bytes: UTF-8 bytes of the text whose tokens are the targets.
+    num_bytes: UTF-8 bytes of the text whose tokens are the targets; 0: they are no text, and have no bits_per_byte.
     """
     sums = [eval_step(params, put(batch)) for batch in batches]  # all dispatched, then read once
-    sums = jax.device_get(sums)
-    nll = sum(float(n) for n, _ in sums)
-    tokens = sum(float(w) for _, w in sums)
-    loss = nll / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nll / math.log(2) / num_bytes,
-            "tokens": int(tokens)}
+    totals = collections.Counter()
+    for one in jax.device_get(sums):
+        totals.update({name: float(value) for name, value in one.items()})
+    loss = totals["nll"] / totals["weight"]
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if num_bytes:
+        result["bits_per_byte"] = totals["nll"] / math.log(2) / num_bytes
+    if totals["examples"]:
+        result |= {"accuracy": totals["correct"] / totals["examples"], "examples": int(totals["examples"])}
+    return {**result, "tokens": int(totals["weight"])}

@@ -25,8 +25,6 @@ class Encoder(Transformer):
             self.head_bias = parameter(rngs, (vocab_size,), ("vocab",), constant(0.0), m.param_dtype)
         if m.pooler:
             self.pooler = linear("pooler", m.embed_dim)
-        if m.num_classes:
-            self.classifier = linear("classifier", m.num_classes)
 
     def logits(self, x_BTD):
         """-> logits_BTV float32, of the word that stands at each place."""
@@ -35,13 +33,12 @@ class Encoder(Transformer):
         h_BTD = self.transform_norm(self.activation(self.transform(x_BTD)))
         return super().logits(h_BTD) + self.head_bias[...].astype(jnp.float32)
 
-    def pooled(self, x_BTD):
-        """-> (B, D), of the whole text."""
-        return jnp.tanh(self.pooler(x_BTD[:, 0]))
+    def pooled(self, h):
+        """(..., D) of a text's first token -> (..., D)."""
+        return jnp.tanh(self.pooler(h))
 
-    def classes(self, x_BTD):
-        """-> logits of the classes (B, num_classes), float32."""
-        return self.classifier(self.pooled(x_BTD)).astype(jnp.float32)
+    def classes(self, h):
+        return super().classes(self.pooled(h) if hasattr(self, "pooler") else h)
 
     def init_cache(self, batch: int, length: int):
         raise UserError("model.family='encoder': writes no text token by token; use model.family=decoder")

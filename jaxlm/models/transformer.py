@@ -10,6 +10,7 @@ from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
+from jaxlm.models.dense import Dense
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
@@ -58,7 +59,10 @@ class Transformer(nnx.Module):
             self.first_layers = stack_blocks(self.num_dense, lambda r: Block(config, r, dense=True), rngs)
         self.layers = stack_blocks(self.num_layers - self.num_dense, lambda r: Block(config, r, cross=self.cross), rngs)
         self.final_norm = NoNorm() if m.norm_place == "sum" else build_norm(config, m.embed_dim, rngs)
-        if not m.tie_embeddings:
+        if m.num_classes:
+            self.classifier = Dense(config, rngs, "classifier", (m.embed_dim,), (m.num_classes,), ("embed", None),
+                                    normal(m.init_std), m.mlp_bias)
+        elif not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
             self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
                                                   m.param_dtype, num_inputs=1))
@@ -196,6 +200,10 @@ class Transformer(nnx.Module):
         """-> logits_BTV float32."""
         logits = dense(x_BTD, self.head_kernel).astype(jnp.float32)
         return softcap(logits, self.final_softcap)
+
+    def classes(self, h):
+        """h (..., D), each of a text -> logits of its classes (..., num_classes), float32."""
+        return self.classifier(h).astype(jnp.float32)
 
     def init_cache(self, batch: int, length: int):
         """For decoding up to `length` tokens: (tokens (B, S), {"layers": (keys, values)}), each (L, B, K, S, H); or whatever else

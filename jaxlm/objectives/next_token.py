@@ -1,18 +1,11 @@
-"""Objectives: (model, batch, keys_B) -> (loss_sum, weight_sum, aux). Sums, never means: the mean is taken once, over the
-global batch, so that accumulation, data parallelism and evaluation agree exactly. aux is a dict of sums too."""
+"""The next token of a text."""
 
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
 from jaxlm.kernels.cross_entropy import cross_entropy
 from jaxlm.models.moe import build_router_loss
-from jaxlm.registry import Registry
-
-OBJECTIVES = Registry("objective", key="objective.name")
-
-
-def build_objective(config):
-    return OBJECTIVES[config.objective.name](config)
+from jaxlm.objectives.objective import OBJECTIVES
 
 
 @OBJECTIVES.register("next_token")

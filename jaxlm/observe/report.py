@@ -86,7 +86,10 @@ def tiles(summary, train, valid):
     last = valid[-1] if valid else {}
     yield "validation loss", number(field(last, "loss"), ".4f")
     yield "perplexity", number(field(last, "perplexity"), ".3f")
-    yield "bits per byte", number(field(last, "bits_per_byte"), ".4f")
+    if field(last, "accuracy") is None:
+        yield "bits per byte", number(field(last, "bits_per_byte"), ".4f")
+    else:
+        yield "accuracy", number(field(last, "accuracy"), ".2%")
     yield "tokens per second", number(field(summary, "tokens_per_second"), ",.0f")
     yield "steps", number(field(summary, "steps") or (train[-1]["step"] if train else None), ",")
     yield "parameters", number(field(summary, "parameters"), ",")

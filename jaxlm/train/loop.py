@@ -142,9 +142,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         if data.valid is not None:
             batches = data.valid.evaluation_batches(eval_batches, eval_feed.rows)
             share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
-            line = evaluate(eval_step, averaged(), batches, eval_feed.put, max(1.0, share * data.valid.num_bytes))
+            line = evaluate(eval_step, averaged(), batches, eval_feed.put, share * data.valid.num_bytes)
             totals["valid"] = line
-            line = {"split": "valid/all", "step": step, **{k: line[k] for k in ("loss", "perplexity", "bits_per_byte")}}
+            line = {"split": "valid/all", "step": step, **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
             writers.write(line)
             progress.evaluation(line)
         if sample_tokens:
@@ -176,7 +176,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             "parameters": model.num_parameters, "active_parameters": model.num_active_parameters,
             "train_loss": totals["train_loss"],
             "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
-            "bits_per_byte": totals["valid"]["bits_per_byte"] if totals["valid"] else None,
+            "bits_per_byte": totals["valid"].get("bits_per_byte"),
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
             "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
             "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,

@@ -84,7 +84,8 @@ def active_size_of(spec: ParamSpec) -> int:
 def matmul_parameters(specs) -> int:
     specs = flatten_paths(specs)
     total = sum(active_size_of(s) for s in specs.values() if s.num_inputs)
-    return total if "head/kernel" in specs or "embedding" not in specs else total + size_of(specs["embedding"])
+    told = not any(name in specs for name in ("head/kernel", "classifier/kernel")) and "embedding" in specs
+    return total + size_of(specs["embedding"]) if told else total
 
 
 ADAPTER = r".*/lora_[ab]"  # path of an adapter's parameter

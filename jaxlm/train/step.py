@@ -14,7 +14,7 @@ from flax import nnx
 from jaxlm.data.feed import Feed
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import balance_biases, router_metrics
-from jaxlm.objectives.next_token import build_objective
+from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel import target
@@ -114,11 +114,11 @@ def build_train_step(config, model, objective, optimizer, schedule):
 
 
 def build_eval_step(model, objective):
-    """-> eval_step(params, batch) -> (nll_sum, weight_sum)."""
+    """-> eval_step(params, batch) -> {"nll", "weight" and what else the objective tells: scalars}, sums."""
 
     def eval_step(params, batch):
         _, weight, aux = objective(nnx.merge(model.graph, params), batch)
-        return aux["nll"], weight
+        return {"weight": weight, **{name: value for name, value in aux.items() if not value.ndim}}
 
     return eval_step
 
@@ -128,6 +128,7 @@ def build_eval_step(model, objective):
 
 INPUTS = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
           "loss_mask": jnp.float32}  # the arrays (B, T) of a batch
+SOURCE_INPUTS = {"source_tokens": jnp.int32, "source_segment_ids": jnp.int32, "source_positions": jnp.int32}  # (B, S)
 
 
 class Program(NamedTuple):
@@ -143,14 +144,17 @@ class Program(NamedTuple):
     hyper: dict  # numpy scalars
     feed: Feed  # of training batches
     compiler_options: dict  # of XLA
+    source_len: int  # S of SOURCE_INPUTS, which the batches of an encoder-decoder have; 0: they have none
     layout: str  # why this mesh, where `mesh.auto` chose it
 
     @property
     def inputs(self) -> tuple:
         """A ShapeDtypeStruct with its sharding for each array that `train_step` takes: (state, batch, hyper)."""
         everywhere = replicated(self.mesh)
-        batch = {name: jax.ShapeDtypeStruct(self.feed.shape, dtype, sharding=self.feed.sharding)
-                 for name, dtype in INPUTS.items()}
+        B, T = self.feed.shape
+        arrays = [(name, dtype, T) for name, dtype in INPUTS.items()]
+        arrays += [(name, dtype, self.source_len) for name, dtype in SOURCE_INPUTS.items()] if self.source_len else []
+        batch = {name: jax.ShapeDtypeStruct((B, length), dtype, sharding=self.feed.sharding) for name, dtype, length in arrays}
         hyper = {name: jax.ShapeDtypeStruct((), a.dtype, sharding=everywhere) for name, a in self.hyper.items()}
         return self.state, batch, hyper
 
@@ -193,4 +197,5 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
     hyper = {"learning_rate": np.float32(config.optimizer.learning_rate),
              "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(config.seed)}
     feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
-    return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options, layout)
+    return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options,
+                   config.data.source_len if config.model.family == "encoder_decoder" else 0, layout)
