@@ -145,31 +145,64 @@ def run_train(args):
 
 def add_eval(verb):
     add_model(verb)
+    verb.add_argument("--tasks", default="", metavar="KIND:FILE,...", help="ask the questions of these files instead: hellaswag, "
+                      "arc, piqa, multiple_choice, lambada, gsm8k, or text for a domain's loss; NAME=KIND:FILE gives it a name")
+    verb.add_argument("--lm_eval", default="", metavar="TASK,...", help="ask tasks of lm-eval; needs the extra lm-eval")
+    verb.add_argument("--lm_eval_path", default="", metavar="DIR", help="a folder of task files of one's own for it")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
-    start_jax()
+    """What a run's newest checkpoint, or Hugging Face weights, make of the validation split (loss, perplexity, bits per byte) and
+    of the config's eval.tasks; or of --tasks and --lm_eval.
 
+    Any config key can be set: --config.eval.task_limit=100, --config.seq_len=1024
+    """
+    from jaxlm.evaluate.tasks import parse_tasks
+
+    asked, names = parse_tasks(args.tasks), tuple(filter(None, args.lm_eval.split(",")))
+    if args.lm_eval_path and not names:
+        raise UserError("--lm_eval_path: is for --lm_eval; name the tasks")
+    only_tasks = bool(asked or names)
+    if only_tasks:
+        args.overrides += [f"--config.eval.tasks={asked!r}", f"--config.eval.lm_eval={names!r}",
+                           f"--config.eval.lm_eval_path={args.lm_eval_path}"]
+    start_jax()
+    from jaxlm.evaluate.suite import build_suite, table
+    from jaxlm.train.restore import open_run
+
+    run = open_run(args.workdir, args.overrides, text=not only_tasks)
+    suite = build_suite(run.config, run.model, run.data.tokenizer, run.mesh)
+    result = {"step": run.step}
+    if not only_tasks:
+        result |= evaluate_split(args, run)
+    results = dict(suite.run(run.params))
+    if not distributed.is_main():
+        return
+    if args.json:
+        print(json.dumps(result | {"tasks": results} if results else result))
+        return
+    for line in suite.about:
+        print(line, file=sys.stderr)
+    print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    if results:
+        print(table(results))
+
+
+def evaluate_split(args, run) -> dict:
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.next_token import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
-    from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
-    run = open_run(args.workdir, args.overrides)
     if run.data.valid is None:
         raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)")
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (run.data.valid.batch_size, run.config.seq_len))
     batches = run.data.valid.evaluation_batches(rows=feed.rows)
-    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)}
-    if distributed.is_main():
-        print(json.dumps(result) if args.json else "  ".join(
-            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    return evaluate(eval_step, run.params, batches, feed.put, run.data.valid.num_bytes)
 
 
 def add_sampling(verb):

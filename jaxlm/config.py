@@ -22,7 +22,7 @@ from jaxlm.registry import did_you_mean
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
                 "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
-                "kernels.fused_projections")
+                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.task_limit")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -249,6 +249,7 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(c.data.workers >= 0, f"data.workers={c.data.workers}: must not be negative; 0 is as many as cores")
     check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
+    check(c.eval.task_limit >= 0, f"eval.task_limit={c.eval.task_limit}: must not be negative; 0 is all questions")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path, "data.valid_fraction: must be between 0 and 1")
