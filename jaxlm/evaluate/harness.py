@@ -7,6 +7,7 @@ import logging
 import os
 
 from jaxlm.errors import UserError
+from jaxlm.evaluate.scoring import Item
 from jaxlm.generate.sampling import Sampling
 from jaxlm.registry import did_you_mean
 
@@ -43,7 +44,8 @@ class JaxLM(LM):
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        items = [self.evaluator.encode_document(request.args[0]) for request in requests]
+        # Unlike `encode_document`: what texts begin with is scored too, after itself, as lm-eval's own models do.
+        items = [Item([*self.evaluator.prefix, *self.evaluator.encode(request.args[0])], 1) for request in requests]
         return [score.log_likelihood for score in self.evaluator.score(self.params, items)]  # windows: nothing is cut off
 
     def generate_until(self, requests, disable_tqdm: bool = False):

@@ -55,7 +55,7 @@ class Evaluator:
         if config.model.family != "decoder":
             raise UserError(f"model.family={config.model.family!r}: tasks ask for the likelihood of a text after another, which "
                             "only model.family=decoder tells; remove eval.tasks and eval.lm_eval")
-        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
         self.seq_len, self.batch_size = config.seq_len, config.eval.batch_size
         self.step = jit(mesh, build_score_step(model), out_shardings=replicated(mesh))
         self.generator = Generator(model, tokenizer.vocab_size, config.seq_len)
