@@ -69,7 +69,8 @@ def test_greedy_says_that_each_token_is_the_likeliest():
         likeliest.append(int(np.argmax([score.log_likelihood for score in rivals])))
         assert rivals[likeliest[-1]].greedy
     other = [*likeliest[:-2], (likeliest[-2] + 1) % 96, likeliest[-1]]
-    assert [s.greedy for s in evaluator.score(params, [Item(likeliest, len(context)), Item(other, len(context))])] == [True, False]
+    whole = evaluator.score(params, [Item(likeliest, len(context)), Item(other, len(context))])
+    assert [score.greedy for score in whole] == [True, False]
 
 
 def test_what_is_written_is_what_lm_eval_gets_from_transformers():

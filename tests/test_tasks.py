@@ -82,8 +82,8 @@ def test_measures_are_those_of_lm_eval(name, tmp_path):
 
 def test_hellaswag_asks_as_lm_eval_does(config):
     ready = dict(query="Roof: A man", choices=["sits", "climbs up"], gold=1)
-    raw = dict(activity_label="Roof", ctx_a="A man [header] is on a roof.", ctx_b="he", endings=["sits [step] down", "is [title] up"],
-               label="1")
+    raw = dict(activity_label="Roof", ctx_a="A man [header] is on a roof.", ctx_b="he",
+               endings=["sits [step] down", "is [title] up"], label="1")
     assert asked_of(config, "hellaswag", ready, raw) == [
         ("Roof: A man", " sits"), ("Roof: A man", " climbs up"),
         ("Roof: A man is on a roof. He", " sits down"), ("Roof: A man is on a roof. He", " is.  up".replace("  ", " "))]
@@ -93,7 +93,7 @@ def test_arc_and_piqa_ask_as_lm_eval_does(config):
     ready = dict(query="Question: Why?", choices=["a", "b"], gold=0)
     arc = dict(question="Why?", choices=dict(text=["so", "not", "or"], label=["A", "B", "C"]), answerKey="C")
     assert asked_of(config, "arc", ready, arc) == [
-        *[("Question: Why?\nAnswer:", f" {c}") for c in "ab"], *[("Question: Why?\nAnswer:", f" {c}") for c in ("so", "not", "or")]]
+        ("Question: Why?\nAnswer:", f" {c}") for c in ("a", "b", "so", "not", "or")]
     ready = dict(query="Question: ice box\n", choices=["a", "b"], gold=0)
     piqa = dict(goal="ice box", sol1="water", sol2="soda", label=0)
     assert asked_of(config, "piqa", ready, piqa) == [
@@ -195,9 +195,9 @@ def test_all_that_is_wrong_with_tasks_is_said_at_once(config):
                ("text", "a.jsonl", {"shots": 1}), ("lambada", "a.jsonl"), ("lambada", "a.jsonl"))
     with pytest.raises(UserError) as raised:
         suite_of(config, *entries)
-    for said, problem in zip(("did you mean hellaswag", "no such file", "option shot=1", "is no task; give", "shots=1 is for tasks",
-                              "two are called 'lambada'"), raised.value.problems, strict=True):
-        assert said in problem
+    said = ("did you mean hellaswag", "no such file", "option shot=1", "is no task; give", "shots=1 is for tasks",
+            "two are called 'lambada'")
+    assert all(words in problem for words, problem in zip(said, raised.value.problems, strict=True)), raised.value.problems
     with pytest.raises(UserError, match="give KIND:FILE"):
         parse_tasks("hellaswag")
     assert parse_tasks("arc:a.jsonl, wiki=text:b.txt") == (("arc", "a.jsonl"), ("text", "b.txt", {"name": "wiki"}))
@@ -222,9 +222,9 @@ def test_a_run_measures_tasks_while_it_trains(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be that is the question and more of it " * 40)
     (tmp_path / "task.jsonl").write_text(rows(*[dict(query="to be or", choices=["not", "the"], gold=i % 2) for i in range(3)]))
     config = load("configs/default.py", [f"--config.{o}" for o in (
-        f"data.root={tmp_path}", "data.path=text.txt", "data.tokenizer=byte", "seq_len=16", "batch_size=8", "steps=2", "mesh.data=1",
-        "model.num_layers=1", "model.embed_dim=32", "schedule.warmup_steps=0", "observe.report=False", "eval.every_steps=1",
-        f"data.store_dir={tmp_path / 'stores'}", "observe.progress=none", "eval.tasks=(('multiple_choice','task.jsonl'),)")])
+        f"data.root={tmp_path}", "data.path=text.txt", "data.tokenizer=byte", "seq_len=16", "batch_size=8", "steps=2",
+        "mesh.data=1", "model.num_layers=1", "model.embed_dim=32", "schedule.warmup_steps=0", "observe.report=False",
+        "eval.every_steps=1", f"data.store_dir={tmp_path / 'stores'}", "observe.progress=none", "eval.tasks=(('multiple_choice','task.jsonl'),)")])
     train(config, str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "task/multiple_choice"]
