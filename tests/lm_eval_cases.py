@@ -16,7 +16,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "lm_eval.json"
 MODELS = {"gpt2": None, "llama2": "<s>"}  # the token that its texts begin with
 SPECIAL = ["<|endoftext|>", "<s>", "</s>"]  # ids 0, 1, 2
 STORY = ("question: which animal can fly over the river? answer: the bird flies over the river, and the cat sleeps under the "
-         "café. the old man went to the river; he saw 12 birds and 30 cats there. #### 42 a dog likes to run in the green garden. ")
+         "café. the old man went to the river; he saw 12 birds and 30 cats there. #### 42 a dog likes to run in the green "
+         "garden. ")
 QUESTIONS = [  # (query, choices, gold), by which acc, acc_norm and acc_bytes are not the same
     ("question: which animal can fly?\nanswer:", ["the bird", "the cat", "a dog in the garden", "café"], 3),
     ("question: where is the man?  ", ["at the river", "in the café, he is", "the old man went", "under"], 2),

@@ -224,7 +224,8 @@ def test_a_run_measures_tasks_while_it_trains(tmp_path):
     config = load("configs/default.py", [f"--config.{o}" for o in (
         f"data.root={tmp_path}", "data.path=text.txt", "data.tokenizer=byte", "seq_len=16", "batch_size=8", "steps=2",
         "mesh.data=1", "model.num_layers=1", "model.embed_dim=32", "schedule.warmup_steps=0", "observe.report=False",
-        "eval.every_steps=1", f"data.store_dir={tmp_path / 'stores'}", "observe.progress=none", "eval.tasks=(('multiple_choice','task.jsonl'),)")])
+        "eval.every_steps=1", f"data.store_dir={tmp_path / 'stores'}", "observe.progress=none",
+        "eval.tasks=(('multiple_choice','task.jsonl'),)")])
     train(config, str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "task/multiple_choice"]
