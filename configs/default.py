@@ -241,6 +241,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.stride = 0  # >0: windows overlap; each target counts once, with at least seq_len - stride tokens before it. 0: off
     c.eval.sample_tokens = 0  # tokens of text written at each evaluation
     c.eval.sample_prompt = "\n"
+    c.eval.tasks = ()  # questions in files (docs/evaluation.md): (("hellaswag", "hellaswag.jsonl"), ("gsm8k", "test.jsonl",
+    # {"name": "gsm8k_5", "shots": 5, "shots_path": "train.jsonl"})); relative to data.root
+    c.eval.lm_eval = ()  # tasks of lm-eval: ("lambada_openai", "my_task"); needs the extra lm-eval
+    c.eval.lm_eval_path = ""  # a folder with task files of one's own for it
+    c.eval.task_limit = 0  # questions of each task, the first; 0: all
 
     c.observe = ConfigDict()
     c.observe.log_every = 10  # steps between lines of metrics.jsonl

@@ -146,22 +146,58 @@ def run_train(args):
 def add_eval(verb):
     add_model(verb)
     verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
+    verb.add_argument("--tasks", default="", metavar="KIND:FILE,...", help="ask the questions of these files instead: hellaswag, "
+                      "arc, piqa, multiple_choice, lambada, gsm8k, or text for a domain's loss; NAME=KIND:FILE gives it a name")
+    verb.add_argument("--lm_eval", default="", metavar="TASK,...", help="ask tasks of lm-eval; needs the extra lm-eval")
+    verb.add_argument("--lm_eval_path", default="", metavar="DIR", help="a folder of task files of one's own for it")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
-    start_jax()
+    """What a run's newest checkpoint, or Hugging Face weights, make of the validation split (loss, perplexity, bits per byte) and
+    of the config's eval.tasks; or of --tasks and --lm_eval.
 
+    Any config key can be set: --config.eval.task_limit=100, --config.seq_len=1024
+    """
+    from jaxlm.evaluate.tasks import parse_tasks
+
+    asked, names = parse_tasks(args.tasks), tuple(filter(None, args.lm_eval.split(",")))
+    if args.lm_eval_path and not names:
+        raise UserError("--lm_eval_path: is for --lm_eval; name the tasks")
+    only_tasks = bool(asked or names)
+    if only_tasks:
+        args.overrides += [f"--config.eval.tasks={asked!r}", f"--config.eval.lm_eval={names!r}",
+                           f"--config.eval.lm_eval_path={args.lm_eval_path}"]
+    start_jax()
+    from jaxlm.evaluate.suite import build_suite, table
+    from jaxlm.train.restore import open_run
+
+    run = open_run(args.workdir, args.overrides, text=not only_tasks)
+    suite = build_suite(run.config, run.model, run.data.tokenizer, run.mesh)
+    result = {"step": run.step}
+    if not only_tasks:
+        result |= of_split(args, run)
+    results = dict(suite.run(run.params))
+    if not distributed.is_main():
+        return
+    if args.json:
+        print(json.dumps(result | {"tasks": results} if results else result))
+        return
+    for line in suite.about:
+        print(line, file=sys.stderr)
+    print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    if results:
+        print(table(results))
+
+
+def of_split(args, run) -> dict:
     from jaxlm.data.feed import Feed
     from jaxlm.evaluate.perplexity import evaluate_split
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
-    from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
-    run = open_run(args.workdir, args.overrides)
     split = run.data.valid if args.split == "valid" else run.data.test
     if split is None:
         raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)"
@@ -169,11 +205,8 @@ def run_eval(args):
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
     lines = evaluate_split(eval_step, run.params, split, feed)
-    domains = {name: line for name, line in lines.items() if name != "all"}
-    result = {"step": run.step, **lines["all"], **({"sources": domains} if domains else {})}
-    if distributed.is_main():
-        print(json.dumps(result) if args.json else "  ".join(
-            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+    sources = {name: line for name, line in lines.items() if name != "all"}
+    return {**lines["all"], **({"sources": sources} if sources else {})}
 
 
 def add_sampling(verb):

@@ -22,7 +22,7 @@ from jaxlm.registry import did_you_mean
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
                 "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
-                "kernels.fused_projections")
+                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.task_limit")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -158,7 +158,8 @@ def resolve(config: ConfigDict) -> None:
     m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
     d = config.data
-    d.source_len = d.source_len or config.seq_len
+    if m.family == "encoder_decoder":
+        d.source_len = d.source_len or config.seq_len
     if d.form != "text":  # examples stay whole, and do not see one another
         d.isolate_documents, d.packing = True, "best_fit" if d.packing == "concat" else d.packing
         d.prompt = d.prompt or (f"{{{d.text_field}}}" if d.form == "label" else "{prompt}")
@@ -258,6 +259,7 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(c.data.workers >= 0, f"data.workers={c.data.workers}: must not be negative; 0 is as many as cores")
     check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
+    check(c.eval.task_limit >= 0, f"eval.task_limit={c.eval.task_limit}: must not be negative; 0 is all questions")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += example_problems(c)
@@ -316,8 +318,8 @@ def example_problems(c: ConfigDict) -> list[str]:
     for objective, form in (("classification", "label"), ("seq2seq", "pair")):
         check(o.name != objective or d.form == form or d.source == "synthetic",
               f"data.form={d.form!r}: objective.name={objective} needs {form!r}")
-    check((o.name == "seq2seq") == (m.family == "encoder_decoder") or o.name not in ("seq2seq", "next_token"),
-          f"objective.name={o.name!r}: model.family={m.family} needs another; encoder_decoder and seq2seq go together")
+    check(o.name != "seq2seq" or m.family == "encoder_decoder",
+          f"objective.name=seq2seq: model.family={m.family} reads one text; use model.family=encoder_decoder")
     check((o.name == "classification") == bool(m.num_classes) or m.family == "encoder" and o.name != "classification",
           f"model.num_classes={m.num_classes}: goes with objective.name=classification")
     check(o.name == "classification" or not o.class_weights,

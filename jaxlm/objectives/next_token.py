@@ -13,7 +13,7 @@ def next_token(config):
     """Cross-entropy of the next token, in nats; aux["nll"] leaves out z-loss, label smoothing and the routers' losses."""
     if config.model.family in ("encoder", "encoder_decoder"):
         raise UserError(f"objective.name='next_token': model.family={config.model.family!r} does not tell the next token from "
-                        "those before; use model.family=decoder")
+                        "those before; use model.family=decoder, or objective.name=seq2seq for an encoder_decoder")
     isolate = config.data.isolate_documents
     z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
     router_loss = build_router_loss(config)

@@ -72,9 +72,10 @@ class Lines(Silent):
                      f"data wait {percent(line['data_wait_fraction'])}  eta {eta}")
 
     def evaluation(self, line):
-        self.message(f"step {line['step']:>6}  {line['split']}  loss {line['loss']:.4f}  perplexity "
-                     f"{line['perplexity']:.3f}" + "".join(f"  {name} {line[key]:.4f}" for key, name in (
-                         ("bits_per_byte", "bits/byte"), ("accuracy", "accuracy")) if key in line))
+        numbers = {name.replace("_per_", "/"): value for name, value in line.items() if name not in ("step", "split")}
+        self.message(f"step {line['step']:>6}  {line['split']}  " + "  ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
+            if not name.endswith("_stderr")))
 
     def sample(self, text):
         self.message("\n".join("    | " + row for row in text.splitlines()[:8]))

@@ -16,6 +16,7 @@ from jaxlm.data.feed import Feed, put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.evaluate.perplexity import evaluate_split
+from jaxlm.evaluate.suite import build_suite
 from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
@@ -63,6 +64,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     if pretrained:
         _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+    suite = build_suite(config, model, data.tokenizer, mesh)
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
@@ -115,6 +117,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         *([f"training {model.num_trained:,} of them, the others are frozen"] if model.num_trained < model.num_parameters else []),
         *untaken,
         *data.about,
+        *suite.about,
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
         + "".join(f", {a}={n}" for a, n in mesh.shape.items() if n > 1)
         + (f" (auto: {program.layout})" if program.layout else ""),
@@ -147,6 +150,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                         **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
                 writers.write(line)
                 progress.evaluation(line)
+        for line in suite.lines(averaged(), step):
+            writers.write(line)
+            progress.evaluation(line)
         if sample_tokens:
             from jaxlm.generate.decoding import Generator, Request
             from jaxlm.generate.sampling import Sampling
