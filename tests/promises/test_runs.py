@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from conftest import HASTY
 
+pytestmark = pytest.mark.xdist_group("runs")  # one worker, so that `finished` is made once
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]), "JAX_PLATFORMS": "cpu",
        "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
-QUICK = {**ENV, "XLA_FLAGS": HASTY}  # where no number is compared with one of another program
+QUICK = {**ENV, "XLA_FLAGS": HASTY}  # where no bits are compared
 SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_size=4", "--config.seq_len=16",
          "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
          "--config.model.dropout=0.1", "--config.data.tokenizer=char", "--config.eval.batches=2",
