@@ -1,6 +1,5 @@
 """Eight fake CPU devices, no network, one compile cache for the whole session."""
 
-import gc
 import os
 import socket
 import tempfile
@@ -23,13 +22,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAXLM_CACHE"] = CACHE
 
 import pytest  # noqa: E402
-
-
-def pytest_collection_finish():
-    """What was imported stays: the collector need not look at it again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)
 
 
 @pytest.fixture(autouse=True)
