@@ -48,3 +48,19 @@ def config(tmp_path):
     c.seq_len, c.batch_size = 8, 4
     resolve(c)
     return c
+
+
+@pytest.fixture
+def jaxlm(capsys):
+    """The command, run in this process where a test is not about processes: no second Python and JAX to start.
+    (arguments) -> what it says on both outputs; it must end with 0."""
+    from jaxlm.cli import main
+
+    def run(*args):
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return said.out + said.err
+
+    return run

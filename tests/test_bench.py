@@ -16,6 +16,7 @@ from jaxlm.observe.trace import costly_operations
 from jaxlm.train.bench import bench
 from jaxlm.train.step import build_program
 
+pytestmark = pytest.mark.xdist_group("bench")  # one worker, so that `measured` is made once
 PRESET = "configs/llama3_8b.py:debug"
 
 

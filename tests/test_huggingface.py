@@ -478,14 +478,7 @@ def test_wrong_arguments_of_convert_end_with_2(tmp_path, capsys):
 # ---- The verbs -------------------------------------------------------------------------------------------------------------
 
 
-def jaxlm(*args):
-    done = subprocess.run([sys.executable, "-m", "jaxlm.cli", *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "XLA_FLAGS": ""})
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_convert_generate_eval_train_and_back(tmp_path):
+def test_convert_generate_eval_train_and_back(tmp_path, jaxlm):
     """A whole folder with a tokenizer; and the fine-tuned run goes back with all that came with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -498,14 +491,14 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     inner.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
     (tmp_path / "text.txt").write_text(text)
-    data = (f"--config.data.path={tmp_path / 'text.txt'}", "--config.seq_len=16")
+    data = (f"--config.data.path={tmp_path / 'text.txt'}", "--config.seq_len=16", "--config.mesh.data=1")
     said = jaxlm("convert", f"--from={folder}", f"--workdir={tmp_path / 'run'}", *data)
     assert "llama, 37,152 parameters" in said and "peak host memory" in said, said
     assert "to" in jaxlm("generate", f"--workdir={tmp_path / 'run'}", "--prompt=to be", "--tokens=3")
     assert '"loss"' in jaxlm("eval", f"--workdir={tmp_path / 'run'}", "--json")
     # The folder itself, without a run; nothing is written but the token store of eval.
     direct, before = f"--config.model.from_pretrained={folder}", sorted(tmp_path.rglob("*"))
-    written = [jaxlm("generate", source, "--prompt=to be", "--tokens=5", "--temperature=0", "--config.seq_len=16")
+    written = [jaxlm("generate", source, "--prompt=to be", "--tokens=5", "--temperature=0", *data[1:])
                for source in (f"--workdir={tmp_path / 'run'}", direct)]
     assert written[0] == written[1]
     scores = [json.loads(jaxlm("eval", source, "--json", *data)) for source in (f"--workdir={tmp_path / 'run'}", direct)]
@@ -527,7 +520,7 @@ def test_convert_generate_eval_train_and_back(tmp_path):
     assert all(0 < change < 0.1 for change in jax.tree.leaves(moved)), moved
 
 
-def test_plan_takes_the_weights_in_place_of_a_config(tmp_path):
+def test_plan_takes_the_weights_in_place_of_a_config(tmp_path, jaxlm):
     said = jaxlm("plan", f"--config.model.from_pretrained={copy_of(tmp_path)}", "--estimate", "--json",
                  "--config.data.source=synthetic", "--config.schedule.warmup_steps=0")
     assert json.loads(said)["bytes"]
@@ -539,7 +532,7 @@ def test_without_a_run_or_weights_one_line_says_what_to_give(verb, capsys):
     assert "--config.model.from_pretrained=DIR" in capsys.readouterr().err
 
 
-def test_two_processes_import_and_export(tmp_path):
+def test_two_processes_import_and_export(tmp_path, jaxlm):
     """What they write is what one writes."""
     from jaxlm.parallel.peers import free_port
 
@@ -559,7 +552,8 @@ def test_two_processes_import_and_export(tmp_path):
     said = both(f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
     assert said.count("read again, its logits differ by") == 1
     same_tensors(folder, tmp_path / "out")
-    jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'alone'}")  # the fingerprints are those of any mesh
+    one_device = ("--config.mesh.fsdp=1", "--config.mesh.data=1")  # the fingerprints are those of any mesh
+    jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'alone'}", *one_device)
     same_tensors(folder, tmp_path / "alone")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["alone", "out", "qwen3_moe", "run"]
 

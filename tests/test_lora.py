@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import golden, text_rows
-from test_huggingface import ISOLATED, jaxlm, opened
+from test_huggingface import ISOLATED, opened
 from test_step import run, tiny
 
 from jaxlm.config import load
@@ -197,11 +197,12 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path):
         adapted("phi3", golden("phi3")[0], tmp_path / "other")
 
 
-def test_a_run_with_adapters_is_evaluated_resumed_and_converted(tmp_path):
+def test_a_run_with_adapters_is_evaluated_resumed_and_converted(tmp_path, jaxlm):
     (tmp_path / "text.txt").write_text("to be or not to be that is the question and more of it " * 60)
     common = [f"--config={DEFAULT}", f"--config.data.path={tmp_path / 'text.txt'}", "--config.data.tokenizer=char",
-              "--config.seq_len=16", "--config.batch_size=2", "--config.schedule.warmup_steps=0", "--config.observe.report=False",
-              f"--config.model.from_pretrained={golden('llama2')[0]}", "--config.model.lora_rank=4"]
+              "--config.seq_len=16", "--config.batch_size=2", "--config.mesh.data=1", "--config.schedule.warmup_steps=0",
+              "--config.observe.report=False", "--config.model.lora_rank=4",
+              f"--config.model.from_pretrained={golden('llama2')[0]}"]
     jaxlm("train", *common, "--config.steps=2", f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=0.1")
     assert '"loss"' in jaxlm("eval", f"--workdir={tmp_path / 'run'}", "--json")
     jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'adapter'}", "--adapter")

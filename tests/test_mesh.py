@@ -22,7 +22,7 @@ from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_o
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
-STEPS, VOCAB = 20, 48
+STEPS, VOCAB = 10, 48
 
 
 def tiny(**changes):

@@ -325,12 +325,22 @@ def test_what_cannot_fit_says_what_would(llama):
 # ---- The verb -----------------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, devices=1, code=0):
-    """`jaxlm ...` in a process of its own -> its standard output, or what it says on the other where it should fail."""
+def run(*commands, devices=1):
+    """`jaxlm ...`, one command after the other in a process of its own -> [(exit code, standard output, standard error)]."""
+    script = """
+import contextlib, io, json, sys
+from jaxlm.cli import main
+ends = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    ends.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(ends))
+"""
     env = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace("device_count=8", f"device_count={devices}")}
-    done = subprocess.run([sys.executable, "-m", "jaxlm.cli", *arguments], capture_output=True, text=True, env=env)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_plan_tells_its_json(no_libtpu, capsys):
@@ -369,18 +379,20 @@ def test_plan_without_libtpu_says_what_is_missing(no_libtpu, capsys, tmp_path):
 def test_a_saved_executable_starts_the_same_run(tmp_path):
     """And is refused, with nothing written, where the program is another. One device: several CPU devices may wait for one
     another for good (see `start_jax`)."""
-    spec, file = "--config=configs/llama_1b.py:debug", tmp_path / "step"
-    options = ["--config.steps=3", "--config.observe.report=False"]
-    run("plan", spec, *options, f"--save={file}")
-    for name, more in (("a", []), ("b", [f"--executable={file}"])):
-        run("train", spec, *options, f"--workdir={tmp_path / name}", *more)
+    file, spec = tmp_path / "step", ["--config=configs/llama_1b.py:debug", "--config.steps=3", "--config.observe.report=False"]
+    train = lambda name, *more: ["train", *spec, f"--workdir={tmp_path / name}", *more]
+    ends = run(["plan", *spec, f"--save={file}"], train("a"))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    started, *refused = run(train("b", f"--executable={file}"), train("c", f"--executable={file}", "--config.optimizer.b1=0.8"),
+                            train("c", f"--executable={__file__}"))
+    assert started[0] == 0, started
     losses = [[json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "ab"]
     assert losses[0] == losses[1] and "step from" in "".join(f.read_text() for f in (tmp_path / "b" / "logs").iterdir())
-    for more, devices, reason in ((f"--executable={file}", 2, "devices 1 there, 2 here"),
-                                  (f"--executable={file} --config.optimizer.b1=0.8", 1, "another program or machine (step"),
-                                  (f"--executable={__file__}", 1, "not a file that")):
-        said = run("train", spec, *options, f"--workdir={tmp_path / 'c'}", *more.split(), devices=devices, code=2)
-        assert reason in said and not (tmp_path / "c").exists()
+    refused += run(train("c", f"--executable={file}"), devices=2)
+    reasons = "another program or machine (step", "not a file that", "devices 1 there, 2 here"
+    for (code, _, said), reason in zip(refused, reasons, strict=True):
+        assert code == 2 and reason in said, said
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_second_plan_is_not_compiled_again(tmp_path, monkeypatch):
@@ -405,6 +417,8 @@ def test_a_plan_for_one_cpu_foretells_a_runs_memory(config, options, tmp_path, m
     """Peak of the whole process, with evaluations and saves: within 15 %."""
     monkeypatch.setenv("XLA_FLAGS", "")
     options = [f"--config.{o}" for o in (*options, "schedule.warmup_steps=1")]
-    planned = json.loads(run("plan", f"--config={config}", *options, "--json"))["peak_bytes_per_device"]
-    run("train", f"--config={config}", *options, f"--workdir={tmp_path}")
+    (code, said, _), = run(["plan", f"--config={config}", *options, "--json"])
+    planned = json.loads(said)["peak_bytes_per_device"]
+    (trained, _, error), = run(["train", f"--config={config}", *options, f"--workdir={tmp_path}"])
+    assert (code, trained) == (0, 0), error
     assert planned == pytest.approx(json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"], rel=0.15)

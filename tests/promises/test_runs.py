@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from conftest import HASTY
 
+pytestmark = pytest.mark.xdist_group("runs")  # one worker, so that `finished` is made once
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]), "JAX_PLATFORMS": "cpu",
        "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
+QUICK = {**ENV, "XLA_FLAGS": HASTY}  # where no bits are compared
 SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_size=4", "--config.seq_len=16",
          "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
          "--config.model.dropout=0.1", "--config.data.tokenizer=char", "--config.eval.batches=2",
@@ -25,13 +27,12 @@ SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_
          "--config.eval.every_steps=4", "--config.observe.log_every=1"]
 
 
-def jaxlm(*args, **kw):
-    return subprocess.run([sys.executable, "-m", "jaxlm.cli", *args], capture_output=True, text=True, env=ENV,
-                          timeout=300, **kw)
+def jaxlm(*args, env=ENV):
+    return subprocess.run([sys.executable, "-m", "jaxlm.cli", *args], capture_output=True, text=True, env=env, timeout=300)
 
 
-def train(workdir, *args):
-    return jaxlm("train", f"--workdir={workdir}", *SMALL, *args)
+def train(workdir, *args, env=ENV):
+    return jaxlm("train", f"--workdir={workdir}", *SMALL, *args, env=env)
 
 
 def losses(workdir):
@@ -111,7 +112,7 @@ main(sys.argv[1:])
 def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(tmp_path, number):
     args = [sys.executable, "-m", "jaxlm.cli", "train", f"--workdir={tmp_path / 'd'}", *SMALL, "--config.steps=3000",
             "--config.checkpoint.every_steps=0", "--config.eval.every_steps=0"]
-    process = subprocess.Popen(args, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, env=QUICK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "d" / "metrics.jsonl"
     for _ in range(1200):
         if metrics.exists() and metrics.read_text().count("\n") > 3:
@@ -136,10 +137,11 @@ def test_a_changed_config_is_refused_with_the_diff(finished):
 def test_a_text_that_changed_since_the_run_began_is_refused_by_its_name(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
-    args = (f"--config.data.path={text}", "--config.steps=2", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0")
-    assert train(tmp_path / "t", *args).returncode == 0
+    args = (f"--config.data.path={text}", "--config.steps=2", "--config.eval.every_steps=0", "--config.eval.batches=0",
+            "--config.checkpoint.every_steps=0")
+    assert train(tmp_path / "t", *args, env=QUICK).returncode == 0
     text.write_text("the quick brown fox jumps over the lazy cat\n" * 200)
-    result = train(tmp_path / "t", *args)
+    result = train(tmp_path / "t", *args, env=QUICK)
     assert result.returncode == 2 and "its text is no longer what it was when the run began" in result.stderr, result.stderr
     assert f"{text}: sha256 " in result.stderr and "--allow_config_change" in result.stderr
     result = jaxlm("data", "inspect", f"--workdir={tmp_path / 't'}", "--step=1")
@@ -148,7 +150,7 @@ def test_a_text_that_changed_since_the_run_began_is_refused_by_its_name(tmp_path
 
 def test_divergence_exits_3_and_names_the_tensor(tmp_path):
     result = train(tmp_path / "e", "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30",
-                   "--config.optimizer.clip_norm=0.0", "--config.optimizer.groups=(('.*', 1.0, 0.0),)")
+                   "--config.optimizer.clip_norm=0.0", "--config.optimizer.groups=(('.*', 1.0, 0.0),)", env=QUICK)
     assert result.returncode == 3 and "non-finite value" in result.stderr, result.stderr
     assert json.loads((tmp_path / "e" / "summary.json").read_text())["status"] == "diverged"
 
@@ -163,8 +165,9 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     assert jaxlm("report", f"--workdir={finished}").returncode == 0
     result = jaxlm("data", "inspect", f"--workdir={finished}", "--step=8", "--rows=0")
     assert result.returncode == 0 and result.stdout.startswith("step 8, epoch 0: 4 of 4 rows"), result.stderr
-    assert "self-test passed" in jaxlm("doctor").stdout
-    result = jaxlm("bench", "--config=configs/llama3_8b.py:debug", "--json", "--warmup=1", "--blocks=2", "--block_steps=2")
+    assert "self-test passed" in jaxlm("doctor", env=QUICK).stdout
+    result = jaxlm("bench", "--config=configs/llama3_8b.py:debug", "--json", "--warmup=1", "--blocks=2", "--block_steps=2",
+                   env=QUICK)
     assert result.returncode == 0 and set(json.loads(result.stdout)) == {  # one object, and nothing beside it
         "tokens_per_second", "step_seconds", "mfu", "mfu_palm", "matmul_ceiling_tflops", "peak_memory_bytes", "compile_seconds",
         "device", "config_fingerprint", "commit"}, result.stderr
@@ -179,7 +182,7 @@ def test_a_conversation_on_a_terminal_survives_ctrl_c(finished, tmp_path):
     command = [sys.executable, "-c", spawn, sys.executable, "-m", "jaxlm.cli", "chat", f"--workdir={finished}",
                "--config.seq_len=4096", "--tokens=4000"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                               env={**ENV, "JAXLM_CACHE": str(tmp_path), "TERM": "dumb"})
+                               env={**QUICK, "JAXLM_CACHE": str(tmp_path), "TERM": "dumb"})
 
     def read_until(text):
         shown = ""
@@ -207,7 +210,7 @@ def test_a_server_finishes_its_answers_on_sigterm_and_ends_with_0(finished):
     for package in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(package)
     process = subprocess.Popen([sys.executable, "-m", "jaxlm.cli", "serve", f"--workdir={finished}", "--port=0",
-                                "--config.seq_len=512"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+                                "--config.seq_len=512"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUICK)
     line = process.stdout.readline()
     url = re.search(r"http://127.0.0.1:(\d+)/v1", line)
     assert url and line.startswith("serving a at"), process.stderr.read()
@@ -224,16 +227,15 @@ def test_a_server_finishes_its_answers_on_sigterm_and_ends_with_0(finished):
 
 
 def test_a_run_of_many_devices_is_read_on_one(tmp_path):
-    env = {**ENV, "XLA_FLAGS": f"{HASTY} --xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-m", "jaxlm.cli", "train", f"--workdir={tmp_path / 'm'}", *SMALL, "--config.mesh.data=2",
-               "--config.mesh.tensor=2", "--config.steps=2", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0",
-               "--config.eval.batches=0", "--config.eval.batch_size=64"]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    result = train(tmp_path / "m", "--config.mesh.data=2", "--config.mesh.tensor=2", "--config.steps=2",
+                   "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0", "--config.eval.batches=0",
+                   "--config.eval.batch_size=64",
+                   env={**ENV, "XLA_FLAGS": f"{HASTY} --xla_force_host_platform_device_count=4"})
     assert result.returncode == 0 and "data=2, tensor=2" in result.stdout, result.stderr
     table = [line.split() for line in result.stdout.splitlines() if line.startswith("layers/attention/query/kernel")]
     assert table[0][1:] == ["2x32x2x16", "-,", "-,", "tensor,", "-", "4,096"], result.stdout
     loss = json.loads((tmp_path / "m" / "summary.json").read_text())["valid_loss"]
-    result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--json")
+    result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--json", env=QUICK)
     assert result.returncode == 0, result.stderr
     np.testing.assert_allclose(json.loads(result.stdout)["loss"], loss, rtol=1e-5)
     result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--config.mesh.tensor=2")
