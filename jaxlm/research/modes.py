@@ -22,7 +22,7 @@ from jaxlm.config import call
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.registry import Registry
 from jaxlm.research.board import Board
-from jaxlm.research.sweep import Run, Sweep, mean_losses, status_of, todo
+from jaxlm.research.sweep import Run, Sweep, mean_losses, todo
 from jaxlm.train.rundir import write_json
 
 MODES = Registry("mode", key="--mode")
@@ -210,4 +210,4 @@ def ask(*words: str, check: bool = True) -> str:
 def failures(sweep: Sweep, board: Board) -> list[str]:
     """One line for each run that failed."""
     return [f"arm {run.arm!r}, seed {run.seed}: {board.reasons[run.workdir] if run.workdir in board.reasons else 'failed'}"
-            for run in sweep.runs if board.status[run.workdir] == "failed" and not status_of(run)]
+            for run in sweep.runs if board.status[run.workdir] == "failed"]
