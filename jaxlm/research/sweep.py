@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from jaxlm.config import apply_overrides, call, diff, fingerprint, flatten, load, module_of, split_override
 from jaxlm.errors import UserError
+from jaxlm.observe.report import field, read_json
 from jaxlm.registry import did_you_mean
 
 ENDED = ("completed", "diverged")  # what running again would not change
@@ -188,14 +189,11 @@ def as_text(value) -> str:
 # ---- What has been done: on disk --------------------------------------------------------------------------------------------
 
 
-def read_json(file: pathlib.Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
 def status_of(run: Run) -> str:
     """completed, diverged, preempted; "" if it has not ended, or not run."""
     summary = read_json(run.workdir / "summary.json")
-    return summary["status"] if summary and read_json(run.workdir / "config.json")["fingerprint"] == run.fingerprint else ""
+    same = field(read_json(run.workdir / "config.json"), "fingerprint") == run.fingerprint
+    return summary["status"] if summary and same else ""
 
 
 def todo(runs: list[Run]) -> list[Run]:

@@ -178,7 +178,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
             "bits_per_byte": totals["valid"]["bits_per_byte"] if totals["valid"] else None,
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
-            "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
+            "flops": totals["tokens"] * causal_flops, "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
             "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
             "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": program.backend,
             "jax_version": jax.__version__, "commit": json.loads(pathlib.Path(workdir, "config.json").read_text())["commit"],
