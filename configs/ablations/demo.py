@@ -1,9 +1,9 @@
-"""Six arms, five seeds, Tiny Shakespeare: optimizer, positions and feed-forward, one change at a time and then the good ones together.
+"""Six arms, five seeds, Tiny Shakespeare: optimizer, positions, feed-forward, one change at a time and then two together.
 
     jaxlm sweep --config=configs/ablations/demo.py --workdir=runs/demo --mode=processes
 
-The base is a small Llama (AdamW, rope, SwiGLU) of 0.6 M parameters. Learning rates are each optimizer's own; the feed-forwards have
-the same number of parameters.
+The base is a small Llama (AdamW, rope, SwiGLU) of 0.6 M parameters. Learning rates are each optimizer's own; the feed-forwards
+have the same number of parameters.
 """
 
 from configs import default

@@ -87,8 +87,9 @@ class Board:
         from rich.table import Table
 
         done = sum(s not in ("", "running") for s in self.status.values())
-        table = Table(title=f"{self.sweep.workdir}  {done}/{len(self.sweep.runs)} runs  {duration(time.monotonic() - self.started)}"
-                            + (f"  eta {self.eta()}" if self.eta() else ""), title_justify="left", expand=False)
+        title = [str(self.sweep.workdir), f"{done}/{len(self.sweep.runs)} runs", duration(time.monotonic() - self.started),
+                 f"eta {self.eta()}" if self.eta() else ""]
+        table = Table(title="  ".join(title), title_justify="left")
         for name, justify in (("arm", "left"), ("seeds", "left"), ("now", "right"), ("mean loss", "right"), ("", "left")):
             table.add_column(name, justify=justify)
         for arm in self.sweep.arms:

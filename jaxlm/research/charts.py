@@ -1,4 +1,4 @@
-"""The drawings of a report, as SVG without a line of script: curves with bands, differences with intervals, cost against result."""
+"""The drawings of a report, as SVG without a script: curves with bands, differences with intervals, cost against result."""
 
 import html
 import itertools
@@ -8,7 +8,8 @@ from jaxlm.observe.report import number_of, ticks
 
 PALETTE = ("#3b6fe0", "#e07b1a", "#169b72", "#8b5cf6", "#d6407b", "#1496b8", "#9a7b12", "#7a8594")
 STYLE = """
-.band{opacity:.16}.line{fill:none;stroke-width:2}svg .name{font-size:12px;font-weight:600}svg .words{fill:var(--fg);font-size:12px}
+.band{opacity:.16}.line{fill:none;stroke-width:2}svg .name{font-size:12px;font-weight:600}
+svg .words{fill:var(--fg);font-size:12px}
 .zero{stroke:var(--fg);stroke-width:1.2;opacity:.55}.blind{fill:var(--dim);opacity:.10}.frontier{fill:none;stroke:var(--dim);
 stroke-dasharray:4 4}.faint{opacity:.45}
 """
@@ -41,7 +42,8 @@ class Frame:
                        f'<text x="{self.left - 7}" y="{self.y(value) + 4:.1f}" text-anchor="end">{number_of(value)}</text>')
         for value in ticks(self.x0, self.x1):
             out.append(f'<text x="{self.x(value):.1f}" y="{foot + 16}" text-anchor="middle">{form(value)}</text>')
-        return [*out, f'<text x="{(self.left + end) / 2:.0f}" y="{self.height - 6}" text-anchor="middle">{html.escape(x_label)}</text>']
+        middle = (self.left + end) / 2
+        return [*out, f'<text x="{middle:.0f}" y="{self.height - 6}" text-anchor="middle">{html.escape(x_label)}</text>']
 
 
 def widened(values) -> tuple[float, float]:
@@ -49,15 +51,20 @@ def widened(values) -> tuple[float, float]:
     return (low, high) if high > low else (low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05)
 
 
+def empty(title: str, width: int) -> str:
+    said = f'<text class="title" x="14" y="20">{html.escape(title)}</text><text x="14" y="56">no data</text>'
+    return svg(width, 80, [said], title)
+
+
 def svg(width: int, height: int, parts: list[str], label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
 
 
 def curves(title: str, series: list[tuple[str, str, list]], width=1036, height=360) -> str:
-    """series: (name, colour, [[step, mean, standard deviation]]). Lines are the means, bands one standard deviation over seeds."""
+    """series: (name, colour, [[step, mean, standard deviation]]). Lines are means, bands one standard deviation over seeds."""
     series = [s for s in series if s[2]]
     if not series:
-        return svg(width, 80, [f'<text class="title" x="14" y="20">{html.escape(title)}</text><text x="14" y="56">no data</text>'], title)
+        return empty(title, width)
     steps = [step for _, _, points in series for step, *_ in points]
     late = min(steps) + 0.12 * (max(steps) - min(steps))  # the first steep part would flatten what follows
     shown = [(m - s, m + s) for _, _, points in series for step, m, s in points if step >= late or len(points) < 4]
@@ -66,7 +73,8 @@ def curves(title: str, series: list[tuple[str, str, list]], width=1036, height=3
     for _, hue, points in series:
         if any(s for _, _, s in points):
             edge = [(x, m + s) for x, m, s in points] + [(x, m - s) for x, m, s in reversed(points)]
-            out.append(f'<polygon class="band" fill="{hue}" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in edge)}"/>')
+            path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in edge)
+            out.append(f'<polygon class="band" fill="{hue}" points="{path}"/>')
     for _, hue, points in series:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(m):.1f}" for x, m, _ in points)
         out.append(f'<polyline class="line" stroke="{hue}" points="{path}"/>')
@@ -97,7 +105,7 @@ def cut(text: str, length: int) -> str:
 
 
 def differences(title: str, rows: list[dict], width=1036) -> str:
-    """A line for each arm: its t interval, its BCa interval below it, the single pairs, and in grey what could not have been seen.
+    """A line for each arm: its t interval, its BCa interval below it, the single pairs; in grey what could not have been seen.
 
     rows: {"name", "color", "difference", "t", "bootstrap", "pairs", "detectable", "words"}.
     """
@@ -115,12 +123,14 @@ def differences(title: str, rows: list[dict], width=1036) -> str:
         x0, x1 = inside(-row["detectable"]), inside(row["detectable"])
         out.append(f'<rect class="blind" x="{x0:.1f}" width="{x1 - x0:.1f}" y="{y - 18}" height="36"><title>differences below '
                    f'{row["detectable"]:.3g} would likely be missed</title></rect>')
-        out.append(f'<text class="name" style="fill:{hue}" x="{left - 14}" y="{y + 4}" text-anchor="end">{html.escape(cut(row["name"], 22))}</text>')
-        for low, high, place, thickness, kind in ((*row["t"], y, 4, "t interval"), (*row["bootstrap"], y + 9, 1.6, "BCa interval")):
+        name = html.escape(cut(row["name"], 22))
+        out.append(f'<text class="name" style="fill:{hue}" x="{left - 14}" y="{y + 4}" text-anchor="end">{name}</text>')
+        for (low, high), place, thickness, kind in ((row["t"], y, 4, "t"), (row["bootstrap"], y + 9, 1.6, "BCa")):
             out.append(f'<line stroke="{hue}" stroke-width="{thickness}" stroke-linecap="round" x1="{frame.x(low):.1f}" '
-                       f'x2="{frame.x(high):.1f}" y1="{place}" y2="{place}"><title>{kind} {low:.4g} to {high:.4g}</title></line>')
+                       f'x2="{frame.x(high):.1f}" y1="{place}" y2="{place}">'
+                       f'<title>{kind} interval {low:.4g} to {high:.4g}</title></line>')
         out += [f'<circle class="faint" cx="{frame.x(v):.1f}" cy="{y - 10}" r="2.6" fill="{hue}"/>' for v in row["pairs"]]
-        out.append(f'<circle cx="{frame.x(row["difference"]):.1f}" cy="{y}" r="5.5" fill="{hue}" stroke="var(--card)" stroke-width="1.5"/>')
+        out.append(f'<circle cx="{frame.x(row["difference"]):.1f}" cy="{y}" r="5.5" fill="{hue}" stroke="var(--card)"/>')
         strong, _, rest = row["words"].partition("\n")
         out.append(f'<text class="words" x="{width - right + 16}" y="{y - 3}" font-weight="600">{html.escape(strong)}</text>'
                    f'<text x="{width - right + 16}" y="{y + 13}">{html.escape(rest)}</text>')
@@ -128,16 +138,17 @@ def differences(title: str, rows: list[dict], width=1036) -> str:
     return svg(width, height, out, title)
 
 
-def pareto(title: str, points: list[dict], x_label: str, form, higher: bool, width=510, height=330) -> str:
+def pareto(title: str, points: list[dict], x_label: str, form, width=510, height=330) -> str:
     """Result against cost with the standard deviation over seeds, and the arms that no other beats in both joined by a line.
 
     points: {"name", "color", "x", "y", "std", "frontier"}.
     """
     if not points:
-        return svg(width, 80, [f'<text class="title" x="14" y="20">{html.escape(title)}</text><text x="14" y="56">no data</text>'], title)
+        return empty(title, width)
     xs = [p["x"] for p in points]
     pad = 0.12 * (max(xs) - min(xs)) or abs(xs[0]) * 0.05 or 1.0
-    frame = Frame(width, height, [min(xs) - pad, max(xs) + pad], [v for p in points for v in (p["y"] - p["std"], p["y"] + p["std"])])
+    ys = [v for p in points for v in (p["y"] - p["std"], p["y"] + p["std"])]
+    frame = Frame(width, height, [min(xs) - pad, max(xs) + pad], ys)
     out = frame.grid(x_label, form, title)
     best = sorted((p for p in points if p["frontier"]), key=lambda p: p["x"])
     if len(best) > 1:
@@ -147,8 +158,9 @@ def pareto(title: str, points: list[dict], x_label: str, form, higher: bool, wid
     labels = spread([frame.y(p["y"]) for p in points], 13, frame.top, height - frame.bottom)
     for p, y_label in zip(points, labels, strict=True):
         x, y, right = frame.x(p["x"]), frame.y(p["y"]), frame.x(p["x"]) > 0.62 * width
-        out.append(f'<line stroke="{p["color"]}" stroke-width="1.5" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(p["y"] - p["std"]):.1f}" '
-                   f'y2="{frame.y(p["y"] + p["std"]):.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="5" '
+        top, foot = frame.y(p["y"] + p["std"]), frame.y(p["y"] - p["std"])
+        out.append(f'<line stroke="{p["color"]}" stroke-width="1.5" x1="{x:.1f}" x2="{x:.1f}" y1="{foot:.1f}" y2="{top:.1f}"/>'
+                   f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" '
                    f'fill="{p["color"] if p["frontier"] else "var(--card)"}" stroke="{p["color"]}" stroke-width="2"/>'
                    f'<text class="name" style="fill:{p["color"]}" x="{x + (-10 if right else 10):.1f}" y="{y_label + 4:.1f}" '
                    f'text-anchor="{"end" if right else "start"}">{html.escape(cut(p["name"], 20))}</text>')

@@ -47,7 +47,8 @@ def run_sweep(args):
     problems = failures(sweep, board)
     finish(sweep, bool(args.repeats))
     if problems:
-        raise UserError(*problems, f"{len(problems)} of {len(sweep.runs)} runs failed; mend that, and the same command does them again")
+        raise UserError(*problems, f"{len(problems)} of {len(sweep.runs)} runs failed; mend that, and the same command does them "
+                        "again")
 
 
 def serial_is_done(sweep, board, options) -> None:
@@ -78,11 +79,11 @@ def add_report(verb):
     verb.add_argument("--out", default="", metavar="DIR", help="where the files go; default: the folder of the sweep")
     verb.add_argument("--baseline", default="", metavar="ARM", help="what others are compared with; default: the first arm")
     verb.add_argument("--metric", default="", metavar="NAME", help="of metrics.jsonl: loss, bits_per_byte, valid/web:loss")
-    verb.add_argument("--test", default="auto", metavar="NAME", help="auto (pairs where seed and data order agree), paired, welch")
+    verb.add_argument("--test", default="auto", metavar="NAME", help="auto (pairs where seed and data agree), paired, welch")
     verb.add_argument("--level", type=float, default=0.95, metavar="P", help="of the intervals (default %(default)s)")
     verb.add_argument("--correction", default="holm", metavar="NAME", help="for many arms: holm, benjamini-hochberg, none")
     verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs side by side, on the terminal")
-    verb.add_argument("--assert-equal", action="store_true", help="with --compare: exit code 2 unless all metrics are the same bits")
+    verb.add_argument("--assert-equal", action="store_true", help="with --compare: exit code 2 unless all metrics are equal bits")
 
 
 def run_report(args):
@@ -112,8 +113,8 @@ def run_report(args):
     if problems:
         raise UserError(*problems)
     out = args.out or args.runs[0]
-    found = write_report(args.runs, out, cache_dir(), baseline=args.baseline, metric=args.metric, test=args.test, level=args.level,
-                         correction=args.correction)
+    found = write_report(args.runs, out, cache_dir(), baseline=args.baseline, metric=args.metric, test=args.test,
+                         level=args.level, correction=args.correction)
     print("\n".join([found["summary"], *found["notes"], f"{out}/report.html, report.json, table.md, table.tex"]))
 
 

@@ -23,8 +23,8 @@ def compare(a: Run, b: Run, cache: str) -> list[str]:
         lines.append(f"{split} {name}: {values[0]:.6g} -> {values[1]:.6g} ({difference:+.3g})")
         lines.append(judged(difference, noise.lookup(arms[0], (split, name), cache)))
     else:
-        lines.append(f"{split} {name}: " + " and ".join(f"{which} has not ended" for which, value in zip("AB", values, strict=True)
-                                                       if value is None))
+        lines.append(f"{split} {name}: " + " and ".join(
+            f"{which} has not ended" for which, value in zip("AB", values, strict=True) if value is None))
     first = first_difference(a, b)
     lines.append(f"metrics: {first}" if first else "metrics: equal bit for bit")
     return lines
@@ -32,11 +32,11 @@ def compare(a: Run, b: Run, cache: str) -> list[str]:
 
 def judged(difference: float, known: noise.Noise | None) -> str:
     if known is None:
-        return ("one run each: no interval can be told, and the noise of A's config is not known (jaxlm sweep --config=FILE --repeats=5 "
-                "--workdir=DIR)")
+        return ("one run each: no interval can be told, and the noise of A's config is not known; measure it with jaxlm sweep "
+                "--config=FILE --repeats=5 --workdir=DIR")
     word = "less" if abs(difference) < known.between_two else "more"
-    return (f"noise: over {known.runs} seeds of A's config the standard deviation is {known.std:.2g}; these differ by {word} than the "
-            f"noise of this preset ({known.between_two:.2g} between two single runs)")
+    return (f"noise: over {known.runs} seeds of A's config the standard deviation is {known.std:.2g}; these differ by {word} "
+            f"than the noise of this preset ({known.between_two:.2g} between two single runs)")
 
 
 def assert_equal(a: Run, b: Run) -> None:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jaxlm
 from jaxlm.config import call
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.registry import Registry
@@ -26,6 +25,7 @@ from jaxlm.research.sweep import Run, Sweep, mean_losses, todo
 from jaxlm.train.rundir import write_json
 
 MODES = Registry("mode", key="--mode")
+ROOT = pathlib.Path(__file__).parents[2]  # the checkout, or where jaxlm is installed
 
 
 class Options(NamedTuple):
@@ -127,7 +127,7 @@ def run_all(runs: list[Run], sweep: Sweep, board: Board, workers: int, stop: lis
 def start(run: Run, sweep: Sweep, slot: int, workers: int) -> subprocess.Popen:
     run.workdir.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [
-        str(pathlib.Path(jaxlm.__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+        str(ROOT), os.environ.get("PYTHONPATH")]))}
     if gpus():
         env["CUDA_VISIBLE_DEVICES"] = gpus()[slot % len(gpus())]
         mine = cores()
@@ -189,7 +189,7 @@ def slurm(sweep: Sweep, board: Board, options: Options) -> None:
 
 def array_script(sweep: Sweep, runs: list[Run]) -> str:
     """launch/slurm.sbatch, whose arguments are those of the task's run."""
-    file = pathlib.Path(jaxlm.__file__).parents[1] / "launch" / "slurm.sbatch"
+    file = ROOT / "launch" / "slurm.sbatch"
     if not file.is_file():
         raise UserError(f"--mode=slurm: no {file}; run from a checkout of jaxlm")
     head, marker, body = file.read_text().partition("set -uo pipefail\n")

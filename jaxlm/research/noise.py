@@ -34,8 +34,8 @@ class Noise(NamedTuple):
 
 
 def measure(arm: Arm) -> dict | None:
-    """{"experiment", "name", "seeds", "metrics": {"valid/all:loss": {"runs", "mean", "std", "std_by_step"}}}; None with fewer than
-    FEWEST finished runs."""
+    """{"experiment", "name", "seeds", "metrics": {"valid/all:loss": {"runs", "mean", "std", "std_by_step"}}}; None with fewer
+    than FEWEST finished runs."""
     finished = [run for run in arm.runs if run.status == "completed"]
     if len(finished) < FEWEST:
         return None
@@ -84,5 +84,5 @@ def sentence(arm: Arm) -> str:
         raise UserError(f"noise of {arm.name}: {ended} finished runs; at least {FEWEST} are needed, better 5")
     numbers = measured["metrics"][f"{split}:{name}"]
     noise = Noise(numbers["runs"], numbers["mean"], numbers["std"])
-    return (f"noise of {arm.name}: {split} {name} {noise.mean:.4f}, standard deviation {noise.std:.2g} over {noise.runs} seeds; two "
-            f"single runs must differ by more than {noise.between_two:.2g} to mean anything")
+    return (f"noise of {arm.name}: {split} {name} {noise.mean:.4f}, standard deviation {noise.std:.2g} over {noise.runs} seeds; "
+            f"two single runs must differ by more than {noise.between_two:.2g} to mean anything")

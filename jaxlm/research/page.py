@@ -3,16 +3,19 @@
 import html
 
 from jaxlm.observe.progress import duration
-from jaxlm.observe.report import STYLE, tile
+from jaxlm.observe.report import STYLE, number_of, tile
 from jaxlm.research import charts, tables
 
 OWN_STYLE = charts.STYLE + """
 .verdict{background:var(--card);border-left:4px solid var(--a);border-radius:6px;padding:12px 16px;margin:16px 0;font-size:16px}
-.wide{overflow-x:auto}th{text-align:left;color:var(--dim);font-weight:500;padding:3px 8px;font-size:12px;vertical-align:bottom}
+.verdict p{margin:2px 0}
+.wide{overflow-x:auto}.wide td{white-space:nowrap}.wide td .dim{white-space:normal}
+th{text-align:left;color:var(--dim);font-weight:500;padding:3px 8px;font-size:12px;vertical-align:bottom}
 td{font-variant-numeric:tabular-nums;vertical-align:top}td:first-child{font-family:inherit;font-weight:600;white-space:nowrap}
 .key{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}.better{color:#169b72;font-weight:600}
 .worse{color:#d6407b;font-weight:600}code{font-family:ui-monospace,monospace;font-size:12.5px}.note{margin:3px 0 3px 2px}
-summary{cursor:pointer;font-weight:600;margin:10px 0}.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:14px}
+summary{cursor:pointer;font-weight:600;margin:10px 0}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:14px}
 details pre{white-space:pre;font-size:12px}a{color:var(--a)}h2{margin-top:34px}svg{display:block}
 """
 
@@ -21,7 +24,7 @@ def page(report: dict) -> str:
     hue = {arm["name"]: charts.color(i) for i, arm in enumerate(report["arms"])}
     esc = html.escape
     sections = [
-        f'<div class="verdict">{esc(report["summary"])}</div>',
+        f'<div class="verdict">{"".join(f"<p>{esc(line)}</p>" for line in tables.findings(report))}</div>',
         f'<div class="tiles">{"".join(tile(*t) for t in tiles(report))}</div>',
         *(f'<p class="note dim">• {esc(note)}</p>' for note in [*report["notes"], noise_note(report)] if note),
         forest(report, hue),
@@ -31,7 +34,7 @@ def page(report: dict) -> str:
         charts.curves("Training loss (running mean)", series(report, hue, "train_curve"), height=300)
         if report["metric"]["split"] != "train" else "",
         f'<h2>Cost</h2><div class="two">{cost(report, hue, "flops", "training FLOPs of a run", charts.decades)}'
-        f'{cost(report, hue, "train_seconds", "seconds in training steps", lambda v: f"{v:,.0f}")}</div>'
+        f'{cost(report, hue, "train_seconds", "seconds in training steps", number_of)}</div>'
         '<p class="dim">Filled: no other arm is as good for less, or better for as much. FLOPs count causal attention and no '
         "recomputation; seconds are of steps alone, on the machines named above.</p>",
         f'<h2>Config by arm</h2><p class="dim">Keys that differ from {esc(report["baseline"])}.</p>'
@@ -51,9 +54,10 @@ def page(report: dict) -> str:
 def headline(report: dict) -> str:
     finished = sum(run["value"] is not None for arm in report["arms"] for run in arm["runs"])
     about = report["about"]
-    return " · ".join([f"{len(report['arms'])} arms, {finished} of {report['runs']} runs finished", tables.label(report),
-                       f"baseline {report['baseline']}", *(f"commit {commit[:18]}" for commit in about["commit"]), *about["device"],
-                       *(f"jax {version}" for version in about["jax"])])
+    return " · ".join([
+        f"{len(report['arms'])} arms, {finished} of {report['runs']} runs finished", tables.label(report),
+        f"baseline {report['baseline']}", *(f"commit {commit[:18]}" for commit in about["commit"]), *about["device"],
+        *(f"jax {version}" for version in about["jax"])])
 
 
 def tiles(report: dict):
@@ -65,7 +69,7 @@ def tiles(report: dict):
     yield "best arm", html.escape(charts.cut(best["name"], 16)) if best else "–"
     yield f"its {tables.label(report)}", f"{best['mean']:.{decimals}f}" if best else "–"
     yield "significant", f"{sum(c['significant'] for c in compared)} of {len(compared)}" if compared else "–"
-    yield "detectable", f"{max(c['detectable'] for c in compared):.{decimals}f}" if compared else "–"
+    yield "detectable difference", f"{max(c['detectable'] for c in compared):.{decimals}f}" if compared else "–"
     yield "noise of baseline", f"{report['noise']['std']:.{decimals}f}" if report["noise"] else "not known"
     yield "FLOPs, all runs", f"{total('flops'):.2e}" if total("flops") else "–"
     yield "time in steps", duration(total("train_seconds"))
@@ -73,11 +77,12 @@ def tiles(report: dict):
 
 def noise_note(report: dict) -> str:
     if not (known := report["noise"]):
-        return (f"The noise of {report['baseline']} is not known: jaxlm sweep --config=FILE --repeats=5 --workdir=DIR measures it "
-                "once for all later reports.")
-    small = [arm["name"] for arm in report["arms"] if arm["difference"] is not None and abs(arm["difference"]) < known["between_two"]]
-    return (f"Noise: over {known['runs']} seeds of {report['baseline']} the standard deviation is {known['std']:.2g}; two single runs lie "
-            f"up to {known['between_two']:.2g} apart by chance (95 %)."
+        return (f"The noise of {report['baseline']} is not known: jaxlm sweep --config=FILE --repeats=5 --workdir=DIR measures "
+                "it once for all later reports.")
+    small = [arm["name"] for arm in report["arms"] if arm["difference"] is not None
+             and abs(arm["difference"]) < known["between_two"]]
+    return (f"Noise: over {known['runs']} seeds of {report['baseline']} the standard deviation is {known['std']:.2g}; two single "
+            f"runs lie up to {known['between_two']:.2g} apart by chance (95 %)."
             + (f" One run of each could not have told {', '.join(small)} from {report['baseline']}." if small else ""))
 
 
@@ -86,28 +91,32 @@ def forest(report: dict, hue: dict) -> str:
     shown = []
     for arm in report["arms"]:
         if c := arm["comparison"]:
+            words = (f"{tables.signed(c['difference'], decimals)}  {c['verdict']}, p {tables.p_value(c['p_adjusted'])}\n"
+                     f"{tables.interval_of(c['t'], decimals)}, {c['runs']} {'pairs' if c['paired'] else 'runs'}")
             shown.append({"name": arm["name"], "color": hue[arm["name"]], "difference": c["difference"], "t": c["t"],
-                          "bootstrap": c["bootstrap"], "pairs": [d for _, d in arm["pairs"]], "detectable": c["detectable"],
-                          "words": f"{tables.signed(c['difference'], decimals)}  {c['verdict']}, p {tables.p_value(c['p_adjusted'])}\n"
-                                   f"{tables.interval_of(c['t'], decimals)}, {c['runs']} {'pairs' if c['paired'] else 'runs'}"})
+                          "bootstrap": c["bootstrap"], "pairs": [d for _, d in arm["pairs"]],
+                          "detectable": c["detectable"], "words": words})
     if not shown:
         return ""
     better = "right" if report["metric"]["higher_is_better"] else "left"
     return (f"<h2>Difference from {html.escape(report['baseline'])}</h2>"
             + charts.differences(f"{tables.label(report).capitalize()}; {better} of zero is better", shown)
-            + f'<p class="dim">Thick: {report["level"]:.0%} t interval; thin, below it: BCa bootstrap interval, too narrow with few seeds. '
-              "Small dots: single pairs. Grey: true differences that these seeds would likely have missed.</p>")
+            + f'<p class="dim">Thick: {report["level"]:.0%} t interval; thin, below it: BCa bootstrap interval, too narrow with '
+              "few seeds. Small dots: single pairs. Grey: true differences that these seeds would likely have missed.</p>")
 
 
 def results(report: dict, hue: dict) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in tables.header(report))
     body = []
     for arm, row in zip(report["arms"], tables.rows(report), strict=True):
-        mark = f'<span class="key" style="background:{hue[arm["name"]]}"></span>'
-        cells = [f"<td>{mark}{html.escape(row[0])}</td>", *(f"<td>{html.escape(cell)}</td>" for cell in row[1:-1])]
+        cells = [f"<td>{key_of(arm, hue)}</td>", *(f"<td>{html.escape(cell)}</td>" for cell in row[1:-1])]
         note = f'<br><span class="dim">{html.escape(arm["note"])}</span>' if arm["note"] else ""
         body.append(f'<tr>{"".join(cells)}<td class="{row[-1]}">{html.escape(row[-1])}{note}</td></tr>')
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def key_of(arm: dict, hue: dict) -> str:
+    return f'<span class="key" style="background:{hue[arm["name"]]}"></span>{html.escape(arm["name"])}'
 
 
 def series(report: dict, hue: dict, which: str) -> list[tuple]:
@@ -117,7 +126,7 @@ def series(report: dict, hue: dict, which: str) -> list[tuple]:
 def cost(report: dict, hue: dict, name: str, label: str, form) -> str:
     points = [{"name": arm["name"], "color": hue[arm["name"]], "x": arm[name], "y": arm["mean"], "std": arm["std"] or 0.0,
                "frontier": arm["frontier"][name]} for arm in report["arms"] if arm["mean"] is not None and arm[name] is not None]
-    return charts.pareto(f"{tables.label(report).capitalize()} against cost", points, label, form, report["metric"]["higher_is_better"])
+    return charts.pareto(f"{tables.label(report).capitalize()} against {label}", points, label, form)
 
 
 def config_diff(report: dict, hue: dict) -> str:
@@ -130,7 +139,7 @@ def config_diff(report: dict, hue: dict) -> str:
         mine = {key: change.partition(" -> ")[2] for key, change in arm["config_diff"]}
         cells = "".join(f"<td><b><code>{html.escape(mine[key])}</code></b></td>" if key in mine else
                         f'<td class="dim"><code>{html.escape(base[key])}</code></td>' for key in keys)
-        body.append(f'<tr><td><span class="key" style="background:{hue[arm["name"]]}"></span>{html.escape(arm["name"])}</td>{cells}</tr>')
+        body.append(f"<tr><td>{key_of(arm, hue)}</td>{cells}</tr>")
     head = "".join(f"<th><code>{html.escape(key)}</code></th>" for key in ("", *keys))
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
@@ -140,15 +149,15 @@ def runs(report: dict, hue: dict) -> str:
     for arm in report["arms"]:
         for run in arm["runs"]:
             value = "–" if run["value"] is None else f"{run['value']:.5f}"
-            body.append(f'<tr><td><span class="key" style="background:{hue[arm["name"]]}"></span>{html.escape(arm["name"])}</td>'
-                        f'<td>{run["seed"]}</td><td>{run["status"]}</td><td>{value}</td>'
+            body.append(f'<tr><td>{key_of(arm, hue)}</td><td>{run["seed"]}</td><td>{run["status"]}</td><td>{value}</td>'
                         f'<td><a href="{html.escape(run["folder"])}/report.html">{html.escape(run["folder"])}</a></td></tr>')
     return f"<table><tr><th>arm</th><th>seed</th><th>status</th><th>value</th><th>run</th></tr>{''.join(body)}</table>"
 
 
-METHOD = """<p>Runs of two arms are pairs where seed and data order are the same: they started from the same random numbers and saw the
-same rows in the same order, and their difference is free of what both share. The interval and the p-value are of Student's t on the
-differences (Welch's where there are no pairs). The bootstrap (BCa, Efron 1987) is shown beside it; simulated, it takes chance
-for an effect in 28 %, 17 % and 10 % of cases with 3, 5 and 10 seeds where 5 % are promised, and the t-test in 5 %. With many arms the
-p-values are corrected (Holm 1979: the chance of any false claim in this report stays at 5 %). <b>Not significant</b> does not mean equal:
-the detectable effect says how large a true difference would have had to be to be found four times in five.</p>"""
+METHOD = """<p>Runs of two arms are pairs where seed and data order are the same: they started from the same random numbers
+and saw the same rows in the same order, and their difference is free of what both share. The interval and the p-value are of
+Student's t on the differences (Welch's where there are no pairs). The bootstrap (BCa, Efron 1987) is shown beside it;
+simulated, it takes chance for an effect in 28 %, 17 % and 10 % of cases with 3, 5 and 10 seeds where 5 % are promised, and
+the t-test in 5 %. With many arms the p-values are corrected as said above (Holm 1979: the chance of any false claim in this
+report stays at 5 %). <b>Not significant</b> does not mean equal: the detectable difference is the one that would have been
+found four times in five.</p>"""

@@ -39,7 +39,8 @@ def analyse(paths: list[str], out: str, cache: str, baseline: str = "", metric: 
             correction: str = "holm") -> dict:
     """Compares arms with a baseline: the first arm of the sweep, or the one named.
 
-    out: folders of runs are told as seen from there. test: "paired" refuses runs that are no pairs, "welch" pairs none, "auto" pairs where data order and seed are the same.
+    out: folders of runs are told as seen from there. test: "paired" refuses runs that are no pairs, "welch" pairs none,
+    "auto" pairs where data order and seed are the same.
     Raises UserError: no runs, unknown baseline or metric, no pairs.
     """
     planned = field(read_json(pathlib.Path(paths[0], "sweep.json")), "arms") or []
@@ -68,7 +69,7 @@ def analyse(paths: list[str], out: str, cache: str, baseline: str = "", metric: 
         "baseline": base.name, "level": level, "correction": correction, "test": test, "arms": rows,
         "noise": {**known._asdict(), "between_two": known.between_two} if known else None, "notes": notes,
         "runs": sum(len(arm.runs) for arm in arms), "about": provenance(arms)}
-    return {**report, "summary": tables.sentence(report)}
+    return {**report, "summary": "; ".join(tables.findings(report)) + "."}
 
 
 def pair(arm: Arm, base: Arm, split: str, name: str, test: str) -> tuple[list, list, bool, str]:
@@ -85,8 +86,8 @@ def pair(arm: Arm, base: Arm, split: str, name: str, test: str) -> tuple[list, l
         return *alone, ""
     if differ:
         if test == "paired":
-            raise UserError(f"{arm.name} and {base.name}: their runs saw other rows, or in another order ({'; '.join(differ)}), and "
-                            "are no pairs; compare them with --test=welch")
+            raise UserError(f"{arm.name} and {base.name}: their runs saw other rows, or in another order ({'; '.join(differ)}), "
+                            "and are no pairs; compare them with --test=welch")
         return *alone, f"{arm.name}: compared as independent runs, as its data order is another ({'; '.join(differ)})"
     if len(common) < 2:
         if test == "paired":
@@ -115,8 +116,9 @@ def about(arm: Arm, base: Arm, split: str, name: str, level: float, compared: di
     return {
         "name": arm.name, "experiment": arm.experiment, "note": "",
         "config_diff": [line.partition(": ")[::2] for line in diff(base.config, arm.config) if not line.startswith("seed: ")],
-        "runs": [{"folder": os.path.relpath(run.folder, out), "seed": run.seed, "status": run.status, "value": finite(field(finals, run.seed)),
-                  "flops": field(run.summary, "flops"), "train_seconds": run.train_seconds} for run in arm.runs],
+        "runs": [{"folder": os.path.relpath(run.folder, out), "seed": run.seed, "status": run.status,
+                  "value": finite(field(finals, run.seed)), "flops": field(run.summary, "flops"),
+                  "train_seconds": run.train_seconds} for run in arm.runs],
         "mean": finite(values.mean()) if len(values) else None,
         "std": finite(values.std(ddof=1)) if len(values) > 1 else None,
         "interval": list(map(float, interval)) if interval else None,
@@ -131,7 +133,7 @@ def about(arm: Arm, base: Arm, split: str, name: str, level: float, compared: di
 
 
 def band(arm: Arm, split: str, name: str, points: int = 0) -> list[list[float]]:
-    """[[step, mean over seeds, standard deviation or 0]], where all finished runs have a value. points: running means of so many."""
+    """[[step, mean over seeds, standard deviation or 0]], where all finished runs have a value. points: so many running means."""
     curves = [run.curve(split, name) for run in arm.runs if run.status == "completed"]
     if points:
         curves = [running_mean(curve) for curve in curves]

@@ -57,7 +57,8 @@ def search(spec: str, overrides: list[str], workdir: str, trials: int, seeds: in
         loss = mean_losses(sweep.runs)[name]  # infinite where no run ended
         study.tell(trial, loss)
         best = study.best_trial
-        print(f"trial {len(done())}/{trials}: {name}: {loss:.4f}; best so far {best.user_attrs['arm']}: {best.value:.4f}", flush=True)
+        print(f"trial {len(done())}/{trials}: {name}: {loss:.4f}; best so far {best.user_attrs['arm']}: {best.value:.4f}",
+              flush=True)
     best_first = sorted(done(), key=lambda trial: trial.value)
     ranked = {trial.user_attrs["arm"]: trial.user_attrs["overrides"] for trial in best_first}
     arms = [Arm(name, chosen, list(range(seeds or 1)), None) for name, chosen in ranked.items()]

@@ -2,7 +2,7 @@
 
 import math
 
-from jaxlm.observe.progress import compact, duration
+from jaxlm.observe.progress import duration
 
 MINUS, DASH = "−", "–"
 
@@ -25,8 +25,8 @@ def interval_of(low_high, decimals: int) -> str:
     return f"[{signed(low_high[0], decimals)}, {signed(low_high[1], decimals)}]"
 
 
-def sentence(report: dict) -> str:
-    """What can be said, and what cannot."""
+def findings(report: dict) -> list[str]:
+    """What can be said, and what cannot; a line each."""
     decimals, base, out = digits(report), report["baseline"], []
     compared = [arm for arm in report["arms"] if arm["comparison"]]
     for word in ("better", "worse"):
@@ -42,7 +42,7 @@ def sentence(report: dict) -> str:
     if not compared:
         out = ["nothing can be said with confidence: " + ("there is one arm only" if len(report["arms"]) == 1 else
                "an interval needs at least 2 finished runs with different seeds in each arm")]
-    return "; ".join(out) + "."
+    return out
 
 
 def rows(report: dict) -> list[tuple[str, ...]]:
@@ -52,6 +52,7 @@ def rows(report: dict) -> list[tuple[str, ...]]:
         c = arm["comparison"]
         value = DASH if arm["mean"] is None else f"{arm['mean']:.{decimals}f}"
         finished = sum(run["value"] is not None for run in arm["runs"])
+        verdict = c["verdict"] if c else "one run" if finished == 1 else "no interval"
         out.append((
             arm["name"], f"{finished}" if finished == len(arm["runs"]) else f"{finished} of {len(arm['runs'])}",
             value + (f" ± {arm['std']:.{decimals}f}" if arm["std"] is not None else ""),
@@ -59,13 +60,13 @@ def rows(report: dict) -> list[tuple[str, ...]]:
             interval_of(c["t"], decimals) if c else DASH, p_value(c["p_adjusted"]) if c else DASH,
             f"{c['detectable']:.{decimals}f}" if c else DASH, f"{arm['flops']:.2e}" if arm["flops"] else DASH,
             duration(arm["train_seconds"]) if arm["train_seconds"] else DASH,
-            "baseline" if arm["name"] == report["baseline"] else c["verdict"] if c else "one run" if finished == 1 else "no interval"))
+            "baseline" if arm["name"] == report["baseline"] else verdict))
     return out
 
 
 def header(report: dict) -> tuple[str, ...]:
-    return ("arm", "seeds", f"{label(report)} (mean ± std)", f"difference from {report['baseline']}", f"{report['level']:.0%} interval",
-            f"p ({report['correction']})", "detectable", "FLOPs", "training time", "verdict")
+    return ("arm", "seeds", f"{label(report)} (mean ± std)", f"difference from {report['baseline']}",
+            f"{report['level']:.0%} interval", f"p ({report['correction']})", "detectable", "FLOPs", "training time", "verdict")
 
 
 def label(report: dict) -> str:
@@ -81,8 +82,9 @@ def method(report: dict) -> str:
             (False, True): "paired t-test where seed and data order are the same, else Welch's"}
     if not kinds:
         return "No test was made."
-    return (f"{test[tuple(sorted(kinds))]}; p-values two-sided, correction: {report['correction']}; intervals {report['level']:.0%}, "
-            "not corrected; detectable: the smallest true difference found with 80 % probability at the corrected level.")
+    return (f"{test[tuple(sorted(kinds))]}; p-values two-sided, correction: {report['correction']}; intervals "
+            f"{report['level']:.0%}, not corrected; detectable: the smallest true difference found with 80 % "
+            "probability at the corrected level.")
 
 
 def markdown(report: dict) -> str:
@@ -96,15 +98,14 @@ def latex(report: dict) -> str:
     means = [arm["mean"] for arm in report["arms"] if arm["mean"] is not None]
     best = (max if report["metric"]["higher_is_better"] else min)(means) if means else None
     lines = [r"\begin{tabular}{lrrrrr}", r"\toprule",
-             " & ".join([f"Arm & Seeds & {escape(label(report).capitalize())} & Difference", f"{report['level'] * 100:.0f}\\,\\% interval",
-                         "$p$"]) + r" \\", r"\midrule"]
+             f"Arm & Seeds & {escape(label(report).capitalize())} & Difference & {report['level'] * 100:.0f}\\,\\% interval & $p$"
+             r" \\", r"\midrule"]
     for arm, row in zip(report["arms"], rows(report), strict=True):
         name, seeds, value, difference, interval, p, *_ = map(escape, row)
         value = rf"\textbf{{{value}}}" if arm["mean"] is not None and arm["mean"] == best else value
         dagger = r"$^\dagger$" if row[-1] == "not significant" else ""
         lines.append(" & ".join((name, seeds, value, difference + dagger, interval, p)) + r" \\")
-    note = escape(method(report)) + (r" $^\dagger$: not significant." if any(r[-1] == "not significant" for r in rows(report)) else "")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {note}", ""])
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {escape(method(report))} $^\\dagger$: not significant.", ""])
 
 
 def escape(text: str) -> str:
@@ -112,7 +113,3 @@ def escape(text: str) -> str:
                        ("±", r"$\pm$"), (MINUS, "$-$"), ("< ", "$<$ "), (DASH, "--"), ("²", "$^2$"), ("~", r"\textasciitilde ")):
         text = text.replace(plain, tex)
     return text
-
-
-def cost_of(name: str, value: float) -> str:
-    return duration(value) if name == "train_seconds" else compact(value)
