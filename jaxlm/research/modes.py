@@ -5,6 +5,7 @@ lets one that fails not stop the others.
 """
 
 import collections
+import contextlib
 import glob
 import json
 import os
@@ -128,15 +129,28 @@ def start(run: Run, sweep: Sweep, slot: int, workers: int) -> subprocess.Popen:
     run.workdir.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [
         str(ROOT), os.environ.get("PYTHONPATH")]))}
+    mine = cores()
     if gpus():
         env["CUDA_VISIBLE_DEVICES"] = gpus()[slot % len(gpus())]
-        mine = cores()
     else:
-        mine = cores()[slot::workers] or [cores()[slot % len(cores())]]
-    settle = (lambda: os.sched_setaffinity(0, mine)) if hasattr(os, "sched_setaffinity") else None
-    with open(run.workdir / "output.txt", "a") as output:  # in a session of its own: Ctrl-C is ours to pass on
-        return subprocess.Popen([sys.executable, "-m", "jaxlm.cli", *run.command(sweep.spec), "--config.observe.progress=lines"],
-                                env=env, stdout=output, stderr=subprocess.STDOUT, preexec_fn=settle, start_new_session=True)
+        mine = mine[slot::workers] or [mine[slot % len(mine)]]
+    command = [sys.executable, "-m", "jaxlm.cli", *run.command(sweep.spec), "--config.observe.progress=lines"]
+    with open(run.workdir / "output.txt", "a") as output, on_cores(mine):  # in a session of its own: Ctrl-C is ours to pass on
+        return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@contextlib.contextmanager
+def on_cores(mine: list[int]):
+    """What is started meanwhile has these CPU cores, where the system can say so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    all_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, mine)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_cores)
 
 
 def outcome(run: Run, code: int) -> tuple[str, str]:
