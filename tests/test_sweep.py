@@ -206,6 +206,27 @@ def test_processes_make_the_same_runs(trained, tmp_path, monkeypatch):
     assert main(["report", "--compare", str(folder / "base/seed-0"), str(tmp_path / "w/base/seed-0"), "--assert-equal"]) == 0
 
 
+def test_a_stop_of_processes_is_passed_on_once_and_nothing_new_begins(write, tmp_path, monkeypatch):
+    script = ("trap 'echo told >> told; [ $(wc -l < told) = 1 ] && sleep 0.5 && exit 75' TERM; touch up; "
+              "while :; do sleep 0.05; done")
+
+    def start(run, sweep, slot, workers):
+        run.workdir.mkdir(parents=True)
+        (run.workdir / "output.txt").write_text("jaxlm: preempted: SIGTERM at step 2")
+        process = subprocess.Popen(["bash", "-c", script], cwd=run.workdir)
+        while not (run.workdir / "up").exists():
+            pass
+        stop.append(15)
+        return process
+
+    stop, found = [], plan(write('add("a", seeds=3)'), [], tmp_path / "w")
+    monkeypatch.setattr(modes, "start", start)
+    with Board(found, live=False) as board, pytest.raises(Preempted, match="SIGTERM: its runs have saved"):
+        modes.run_all(found.runs, found, board, 2, stop)
+    assert list(board.status.values()) == ["preempted", "", ""]
+    assert (found.runs[0].workdir / "told").read_text() == "told\n"
+
+
 def test_print_is_commands_for_a_shell_and_writes_nothing(write, tmp_path, capsys):
     spec = write('add("a b", seeds=2)\nadd("c", steps=3, when=lambda loss: True)')
     assert main(["sweep", f"--config={spec}", f"--workdir={tmp_path / 'w'}", "--mode=print"]) == 0
@@ -251,6 +272,21 @@ def test_a_stopped_sweep_goes_on(write, tmp_path, monkeypatch):
     assert [run["status"] for run in json.loads((tmp_path / "w/sweep.json").read_text())["runs"]] == ["completed", "preempted"]
     stop.clear()
     assert main(command) == 0 and calls == ["a/seed-0", "b/seed-0", "b/seed-0"]
+
+
+def test_repeats_measure_the_noise_of_a_config(write, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("JAXLM_CACHE", str(cache))
+    fake_train(monkeypatch, lambda folder: 1.5 + 0.01 * int(folder.name[-1]))
+    command = ["sweep", f"--config={write('add()')}", f"--workdir={tmp_path / 'w'}"]
+    assert main([*command, "--repeats=3"]) == 0
+    out = capsys.readouterr().out
+    assert "noise of tiny: valid/all loss 1.5100, standard deviation 0.01 over 3 seeds; two single runs must differ" in out
+    stored, = (json.loads(file.read_text()) for file in (cache / "noise").iterdir())
+    assert stored["seeds"] == [0, 1, 2] and stored["metrics"]["valid/all:loss"]["std"] == pytest.approx(0.01)
+    assert stored["metrics"]["valid/all:loss"]["std_by_step"] == {"4": pytest.approx(0.01)}
+    assert main(["sweep", command[1], f"--workdir={tmp_path / 'v'}", "--repeats=2"]) == 2
+    assert "2 finished runs; at least 3 are needed" in capsys.readouterr().err
 
 
 def test_a_diverged_run_has_ended_a_preempted_one_has_not(write, tmp_path, monkeypatch):

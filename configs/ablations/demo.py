@@ -2,8 +2,8 @@
 
     jaxlm sweep --config=configs/ablations/demo.py --workdir=runs/demo --mode=processes
 
-The base is a small Llama (AdamW, rope, SwiGLU) of 0.6 M parameters. Learning rates are each optimizer's own; the feed-forwards
-have the same number of parameters.
+The base is a small Llama (AdamW, rope, SwiGLU) of 0.6 M parameters. Learning rates are each optimizer's usual one, not tuned;
+the feed-forwards have the same number of parameters.
 """
 
 from configs import default
@@ -11,7 +11,7 @@ from configs import default
 
 def get_config(arg: str = ""):
     c = default.get_config()
-    c.steps = 1000
+    c.steps = 700
     c.batch_size = 8
     c.seq_len = 128
     c.model.num_layers = 3
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     c.schedule.final_fraction = 0.0
     c.schedule.warmup_steps = "5%"
     c.checkpoint.every_steps = 0
-    c.eval.every_steps = "20%"
+    c.eval.every_steps = "25%"
     c.eval.batch_size = 64
     return default.debug(c) if arg == "debug" else c
 

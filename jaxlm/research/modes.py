@@ -103,14 +103,15 @@ def processes(sweep: Sweep, board: Board, options: Options) -> None:
 
 
 def run_all(runs: list[Run], sweep: Sweep, board: Board, workers: int, stop: list) -> None:
-    waiting, active, free = collections.deque(runs), {}, list(range(workers))
+    waiting, active, free, told = collections.deque(runs), {}, list(range(workers)), False
     try:
         while (waiting and not stop) or active:
             while waiting and free and not stop:
                 run, slot = waiting.popleft(), free.pop(0)
                 active[start(run, sweep, slot, workers)] = run, slot
                 board.began(run)
-            if stop and active:
+            if stop and not told:
+                told = True  # once: a second signal would end them before they have saved
                 for process in active:
                     process.terminate()  # each saves and exits 75
             for process in [p for p in active if p.poll() is not None]:
