@@ -186,6 +186,12 @@ def test_bad_input_is_one_line(args, message, sweep, capsys):
     assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
+def test_what_lies_inside_a_run_is_no_run(sweep, tmp_path):
+    (sweep / "base/seed-0/huggingface").mkdir()
+    (sweep / "base/seed-0/huggingface/config.json").write_text('{"model_type": "llama"}')
+    assert len(read_runs([str(sweep)])) == 15
+
+
 def test_the_same_seed_twice_is_no_second_observation(sweep, tmp_path):
     make_run(tmp_path / "again", 1.2)
     with pytest.raises(UserError, match="the same experiment with the same seed 0, which is no second observation"):

@@ -11,7 +11,7 @@ from configs import default
 
 def get_config(arg: str = ""):
     c = default.get_config()
-    c.steps = 700
+    c.steps = 1000
     c.batch_size = 8
     c.seq_len = 128
     c.model.num_layers = 3

@@ -19,6 +19,7 @@ class Board:
     def __init__(self, sweep: Sweep, live: bool | None = None):
         self.sweep, self.started, self.running, self.seconds = sweep, time.monotonic(), {}, []
         self.status = {run.workdir: status if (status := status_of(run)) in ENDED else "" for run in sweep.runs}
+        self.losses = {run.workdir: loss_of(run) for run in sweep.runs}
         self.reasons = {}  # workdir -> why a run failed
         self.live = None
         if sys.stdout.isatty() if live is None else live:
@@ -55,7 +56,7 @@ class Board:
             self.seconds.append(time.monotonic() - self.running.pop(run.workdir))
         if reason:
             self.reasons[run.workdir] = reason
-        loss = loss_of(run)
+        loss = self.losses[run.workdir] = loss_of(run)
         done = sum(s not in ("", "running") for s in self.status.values())
         self.say(f"[{done}/{len(self.sweep.runs)}] {run.arm}, seed {run.seed}: {status}"
                  + (f", loss {loss:.4f}" if loss is not None else "") + (f", {reason}" if reason else "")
@@ -94,7 +95,7 @@ class Board:
             table.add_column(name, justify=justify)
         for arm in self.sweep.arms:
             runs = self.sweep.runs_of([arm])
-            losses = [loss for run in runs if (loss := loss_of(run)) is not None]
+            losses = [loss for run in runs if (loss := self.losses[run.workdir]) is not None]
             now = [newest(run) for run in runs if self.status[run.workdir] == "running"]
             reasons = list(dict.fromkeys(self.reasons[run.workdir] for run in runs if run.workdir in self.reasons))
             table.add_row(arm.name, "".join(MARKS[self.status[run.workdir]] for run in runs), ", ".join(now),

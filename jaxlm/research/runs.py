@@ -105,7 +105,7 @@ def read_runs(paths: list[str]) -> list[Run]:
     for path in map(pathlib.Path, paths):
         planned = field(read_json(path / "sweep.json"), "runs") or []
         names = {(path / run["workdir"]).resolve(): run["arm"] for run in planned}
-        folders = [path] if (path / "config.json").is_file() else sorted(f.parent for f in path.rglob("config.json"))
+        folders = [path] if (path / "config.json").is_file() else outermost(f.parent for f in path.rglob("config.json"))
         runs += [Run(folder, names[folder.resolve()] if folder.resolve() in names else "") for folder in folders
                  if not names or folder.resolve() in names]
         if not folders:
@@ -113,6 +113,12 @@ def read_runs(paths: list[str]) -> list[Run]:
     if problems:
         raise UserError(*problems)
     return list({run.folder.resolve(): run for run in runs}.values())
+
+
+def outermost(folders) -> list[pathlib.Path]:
+    """Without those inside another: Hugging Face weights that a run was made of have a config.json too."""
+    known = set(folders)
+    return sorted(folder for folder in known if not known & set(folder.parents))
 
 
 def arms_of(runs: list[Run], order: list[str] = ()) -> list[Arm]:
