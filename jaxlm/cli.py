@@ -13,6 +13,7 @@ import traceback
 from jaxlm.errors import Diverged, PeerLost, Preempted, UserError
 from jaxlm.observe import process_log
 from jaxlm.parallel import distributed
+from jaxlm.research import commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,15 +385,6 @@ def run_bench(args):
         print(scores.operations(args.profile))
 
 
-def run_report(args):
-    """Write report.html of a run again from its metrics."""
-    from jaxlm.observe.report import write_report
-
-    if not os.path.isfile(os.path.join(args.workdir, "config.json")):
-        raise UserError(f"--workdir={args.workdir}: no config.json there; give the directory of a training run")
-    print(write_report(args.workdir))
-
-
 def add_plan(verb):
     verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="a config file; without it give "
                       "--config.model.from_pretrained=DIR, a run made of Hugging Face weights, or these")
@@ -631,7 +623,8 @@ VERBS = {
     "serve": (run_serve, add_serve),
     "plan": (run_plan, add_plan),
     "bench": (run_bench, add_bench),
-    "report": (run_report, add_workdir),
+    "sweep": (commands.run_sweep, commands.add_sweep),
+    "report": (commands.run_report, commands.add_report),
     "convert": (run_convert, add_convert),
     "doctor": (run_doctor, lambda verb: None),
 }

@@ -31,21 +31,7 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
     Raises UserError with every problem found, one line each.
     """
     path, _, arg = spec.partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        hint = did_you_mean(path, found) if found else "give the path of a config file"
-        raise UserError(f"--config={path}: no such file; {hint}")
-    module_spec = importlib.util.spec_from_file_location(f"jaxlm_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config(arg)
-    except UserError:
-        raise
-    except Exception as error:  # any mistake in the user's own config file
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
+    config = call(path, module_of(path).get_config, arg)
     config.lock()
     first = tuple(f"--config.{key}=" for key in ("model.from_pretrained", "model.adapter", "imports"))
     apply_overrides(config, [o for o in overrides if o.startswith(first)])
@@ -56,6 +42,30 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
     resolve(config)
     validate(config)
     return config
+
+
+def module_of(path: str):
+    """The config file at `path` as a module. Raises UserError: no such file, or a mistake in it."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        found = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        hint = did_you_mean(path, found) if found else "give the path of a config file"
+        raise UserError(f"--config={path}: no such file; {hint}")
+    module_spec = importlib.util.spec_from_file_location(f"jaxlm_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    call(path, module_spec.loader.exec_module, module)
+    return module
+
+
+def call(path: str, function, *args):
+    """-> function(*args), which is the user's, of the config file at `path`: any mistake in it is a UserError with its line."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{path}: {type(error).__name__} at {line.filename}:{line.lineno}: {error}; mend it") from error
 
 
 def take_from_pretrained(config: ConfigDict) -> None:
