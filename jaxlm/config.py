@@ -307,6 +307,11 @@ def rotated_size(m) -> int:
     return int(m.head_dim * m.rope_fraction)
 
 
+def is_off(value) -> bool:
+    """A number of a config that is 0, and so leaves its part out; one that is traced (of an ensemble's member) never does."""
+    return isinstance(value, int | float) and value == 0
+
+
 def nearest_multiple(value: int, factor: int) -> int:
     return max(factor, round(value / factor) * factor)
 

@@ -13,8 +13,11 @@ def evaluate(eval_step, params, batches, put, num_bytes: int) -> dict:
     """
     sums = [eval_step(params, put(batch)) for batch in batches]  # all dispatched, then read once
     sums = jax.device_get(sums)
-    nll = sum(float(n) for n, _ in sums)
-    tokens = sum(float(w) for _, w in sums)
+    return scores(sum(float(n) for n, _ in sums), sum(float(w) for _, w in sums), num_bytes)
+
+
+def scores(nll: float, tokens: float, num_bytes: float) -> dict:
+    """What `evaluate` gives out, of the sum of losses over so many tokens."""
     loss = nll / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nll / math.log(2) / num_bytes,
             "tokens": int(tokens)}

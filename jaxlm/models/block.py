@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.config import layer_period
+from jaxlm.config import is_off, layer_period
 from jaxlm.models import latent, moe  # noqa: F401  register themselves
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.cross import CrossAttention
@@ -126,7 +126,7 @@ def fold_in(keys, number):
 def drop(x_BTD, rate: float, keys_BT):
     """Dropout; off where there are no keys (evaluation). A key for each token, so that the same numbers are dropped however
     rows and sequence are cut up."""
-    if keys_BT is None or rate == 0.0:
+    if keys_BT is None or is_off(rate):
         return x_BTD
     kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[2:])))(keys_BT)
     return jnp.where(kept, x_BTD / (1 - rate), 0)

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxlm.config import is_off
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
@@ -113,7 +114,7 @@ class Transformer(nnx.Module):
 
     def token_keys(self, keys_B, length: int):
         """-> keys_BT of dropout, one a token; None where it is off."""
-        if keys_B is None or not self.dropout:
+        if keys_B is None or is_off(self.dropout):
             return None
         return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(length)))(keys_B)
 
