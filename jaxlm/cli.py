@@ -13,6 +13,7 @@ import traceback
 from jaxlm.errors import Diverged, PeerLost, Preempted, UserError
 from jaxlm.observe import process_log
 from jaxlm.parallel import distributed
+from jaxlm.research.commands import add_ensemble, add_mup, run_ensemble, run_mup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -596,6 +597,8 @@ VERBS = {
     "bench": (run_bench, add_bench),
     "report": (run_report, add_workdir),
     "convert": (run_convert, add_convert),
+    "ensemble": (run_ensemble, add_ensemble),
+    "mup": (run_mup, add_mup),
     "doctor": (run_doctor, lambda verb: None),
 }
 

@@ -14,6 +14,7 @@ from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, resid
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
+from jaxlm.models.parametrization import build_parametrization
 from jaxlm.models.positions import build_position
 from jaxlm.models.remat import check_remat, rematerialise
 from jaxlm.parallel import target
@@ -38,7 +39,8 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate = config.data.isolate_documents
-        self.embed_scale, self.logit_scale, self.final_softcap = m.embed_scale, m.logit_scale, m.final_softcap
+        self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.logit_scale = m.logit_scale * build_parametrization(m).logits
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
