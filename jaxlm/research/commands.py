@@ -13,7 +13,7 @@ def add_ensemble(verb):
     verb.add_argument("--workdir", required=True, metavar="DIR", help="a run directory for each member comes in here")
     verb.add_argument("--seeds", type=int, default=1, metavar="N", help="config.seed and those after it")
     verb.add_argument("--vary", action="append", default=[], metavar="KEY=A,B,..", help="a number; given again, each with each")
-    verb.add_argument("--halve", type=halvings, default=(), metavar="STEP:LEFT,..", help="drop all but the best, by validation loss")
+    verb.add_argument("--halve", type=halvings, default=(), metavar="STEP:LEFT,..", help="drop all but the best, by validation")
     verb.add_argument("--execution", default="auto", choices=("auto", "together", "in_turn"),
                       help="auto: together where there is an accelerator, in_turn on a CPU")
 
