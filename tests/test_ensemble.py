@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import pathlib
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -116,8 +119,6 @@ def test_a_stopped_ensemble_goes_on_bitwise_and_a_member_as_its_own_run(tmp_path
             train_ensemble(configs, parts, execution="together", devices=jax.devices()[:1])
     assert json.loads(pathlib.Path(parts[0], "summary.json").read_text())["status"] == "preempted"
     alone = tmp_path / "alone"
-    import shutil
-
     shutil.copytree(parts[1], alone)
     shutil.rmtree(tmp_path / "part1" / "checkpoints" / "4")
     summaries = train_ensemble(configs, parts, execution="together", devices=jax.devices()[:1])
@@ -176,3 +177,34 @@ def test_bad_calls(tmp_path):
     with pytest.raises(UserError, match="leaves 2 members"):
         train_ensemble([config, config], folders(tmp_path, 2), halve=((3, 2),))
     assert not list(tmp_path.glob("member*"))
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_stops_at_sigterm_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Each value with each, and seeds; a real signal."""
+    from jaxlm.cli import main
+
+    seen = []
+
+    def after(stop, step):
+        seen.append(step)
+        if seen == [1, 2, 3]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop._received
+
+    monkeypatch.setattr(ensemble.StopSignal, "after", after)
+    command = ["ensemble", "--config=configs/shakespeare.py:debug", "--config.mesh.data=-1", "--config.observe.hang_seconds=0",
+               "--config.optimizer.name=adamw", "--config.observe.report=False", "--vary=optimizer.b1=0.8,0.9", "--seeds=2",
+               "--vary=optimizer.learning_rate=0.001", "--config.steps=5", f"--workdir={tmp_path}"]
+    assert main(command) == 75
+    names = [f"b1={b1}-learning_rate=0.001-seed={seed}" for b1 in (0.8, 0.9) for seed in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all((tmp_path / name / "checkpoints" / "3").is_dir() for name in names)
+    assert main(command) == 0 and seen == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("completed at step 5") == 4
+    lines = [json.loads(line) for line in (tmp_path / names[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert main([*command, "--vary=model.embed_dim=32,64"]) == 2 and main([*command, "--vary=model.embed"]) == 2
+    assert "model.embed_dim differs between members" in capsys.readouterr().err
