@@ -89,7 +89,7 @@ class Run:
         self.config, self.workdir, self.began = config, workdir, began
         self.name = os.path.basename(os.path.abspath(workdir))
         self.program, self.cost = group.program, cost_of(config, group.program)
-        self.totals = {"tokens": 0, "first_step": None, "valid": {}, "train_loss": math.nan, "speeds": []}
+        self.totals = {"tokens": 0, "first_step": None, "valid": {}, "train_loss": None, "speeds": []}
 
     def ended(self) -> dict | None:
         """The summary of a run that is over, whichever way."""
@@ -117,7 +117,7 @@ class Run:
     def rank(self) -> float:
         """What halving goes by."""
         loss = self.totals["valid"]["loss"] if self.totals["valid"] else self.totals["train_loss"]
-        return loss if math.isfinite(loss) else math.inf
+        return loss if loss is not None and math.isfinite(loss) else math.inf
 
     def evaluated(self, step: int, result: dict) -> None:
         self.totals["valid"] = result
@@ -242,10 +242,12 @@ class Training:
             mine, totals = metrics[m], run.totals
             totals["tokens"] += int(mine["tokens"])
             totals["first_step"] = totals["first_step"] or time.time() - run.began
-            totals["train_loss"] = mine["loss"]
             if not mine["finite"]:
                 self.not_finite(m, run, step, mine["bad_leaf"])
-            elif logged:
+                if m in self.dead:
+                    continue
+            if logged:
+                totals["train_loss"] = mine["loss"] if mine["finite"] else None
                 rates = rates or self.clock.lap(step, totals["tokens"])
                 if rates["tokens_per_second"] and step > 2 * self.log_every:  # the first lines hold the warm-up
                     totals["speeds"].append(rates["tokens_per_second"])

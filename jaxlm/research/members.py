@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import Tracked, flatten
-from jaxlm.data.loader import Batches
+from jaxlm.data.loader import Batches, build_data
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.objectives.next_token import build_objective
@@ -219,10 +219,9 @@ class Members:
         """Of `step`, from the state after `start` steps on; prepared ahead as a run's are. Close it to end its thread."""
         if not self.own_batches:
             return self.data.train.prefetched(start, self.put)
-        seeds = [config.seed for config in self.configs]
-        by_seed = {seed: build(config, self.overrides, self.devices[:1])[0].train if seed != self.base.seed else self.data.train
-                   for seed, config in zip(seeds, self.configs, strict=True)}
-        return MemberBatches([by_seed[seed] for seed in seeds], self.together).prefetched(start, self.put)
+        of_seed = {config.seed: config for config in self.configs}
+        rows = {seed: build_data(config).train for seed, config in of_seed.items()}
+        return MemberBatches([rows[config.seed] for config in self.configs], self.together).prefetched(start, self.put)
 
     def put(self, batch):
         """A batch of the host -> on the devices; one that all members share in full on each."""
