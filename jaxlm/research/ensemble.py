@@ -246,8 +246,8 @@ class Training:
                 self.not_finite(m, run, step, mine["bad_leaf"])
                 if m in self.dead:
                     continue
+            totals["train_loss"] = mine["loss"] if mine["finite"] else None
             if logged:
-                totals["train_loss"] = mine["loss"] if mine["finite"] else None
                 rates = rates or self.clock.lap(step, totals["tokens"])
                 if rates["tokens_per_second"] and step > 2 * self.log_every:  # the first lines hold the warm-up
                     totals["speeds"].append(rates["tokens_per_second"])
