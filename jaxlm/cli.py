@@ -626,6 +626,8 @@ VERBS = {
     "sweep": (commands.run_sweep, commands.add_sweep),
     "report": (commands.run_report, commands.add_report),
     "convert": (run_convert, add_convert),
+    "ensemble": (commands.run_ensemble, commands.add_ensemble),
+    "mup": (commands.run_mup, commands.add_mup),
     "doctor": (run_doctor, lambda verb: None),
 }
 

@@ -288,6 +288,7 @@ def validate(config: ConfigDict) -> None:
                "kernels.context": ("ring", "all_gather"),
                "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
+               "model.parametrization": ("standard", "mup", "completep"),
                "mesh.zero_stage": (1, 3), "kernels.fused_projections": ("auto", "always", "never"),
                "kernels.quantization": ("none", "int8", "fp8")}
     for key, valid in choices.items():
@@ -306,6 +307,7 @@ def validate(config: ConfigDict) -> None:
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
                                 "make it shorter than the run")
     problems += import_parts(c.imports)
+    problems += parametrization_problems(c)
     if problems:
         raise UserError(*problems)
 
@@ -339,6 +341,24 @@ def example_problems(c: ConfigDict) -> list[str]:
     return problems
 
 
+def parametrization_problems(c: ConfigDict) -> list[str]:
+    """What `jaxlm.models.parametrization` has no rule for."""
+    m = c.model
+    if m.parametrization == "standard":
+        return []
+    what = f"model.parametrization={m.parametrization}"
+    least = {"base_embed_dim": 1, "base_head_dim": 0, "base_num_layers": int(m.parametrization == "completep")}
+    problems = [f"model.{key}={m[key]}: {what} needs that of the model which was tuned" for key, n in least.items() if m[key] < n]
+    for key, wanted in (("family", "decoder"), ("attention", "multihead"), ("lora_rank", 0)):
+        if m[key] != wanted:
+            problems.append(f"model.{key}={m[key]!r}: {what} has no rule for it; use {wanted!r}")
+    if m.feedforward == "moe":
+        problems.append(f"model.feedforward='moe': {what} has no rule for routers; use another")
+    if c.optimizer.name not in ("adamw", "lion", "muon"):
+        problems.append(f"optimizer.name={c.optimizer.name!r}: {what} has no rule for it; use adamw, lion or muon")
+    return problems
+
+
 def import_parts(names) -> list[str]:
     """Import what registers out-of-tree parts -> problems."""
     problems = []
@@ -358,6 +378,11 @@ def layer_period(m) -> int:
 def rotated_size(m) -> int:
     """Of head_dim, what rope rotates."""
     return int(m.head_dim * m.rope_fraction)
+
+
+def is_off(value) -> bool:
+    """A number of a config that is 0, and so leaves its part out; one that is traced (of an ensemble's member) never does."""
+    return isinstance(value, int | float) and value == 0
 
 
 def nearest_multiple(value: int, factor: int) -> int:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import is_off
 from jaxlm.kernels.matmul import dense
 from jaxlm.parallel.rules import constrain, mesh_size
 
@@ -32,10 +33,10 @@ def token_losses(logits_BTV, targets_BT, z_loss: float, label_smoothing: float):
         target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = lse_BT - target_BT
     loss_BT = nll_BT
-    if label_smoothing:
+    if not is_off(label_smoothing):
         uniform_BT = lse_BT - jnp.mean(logits_BTV, axis=-1)
         loss_BT = (1 - label_smoothing) * nll_BT + label_smoothing * uniform_BT
-    if z_loss:  # keeps the log of the normaliser near zero (PaLM, arXiv:2204.02311)
+    if not is_off(z_loss):  # keeps the log of the normaliser near zero (PaLM, arXiv:2204.02311)
         loss_BT = loss_BT + z_loss * jnp.square(lse_BT)
     return loss_BT, nll_BT
 

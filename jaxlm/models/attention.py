@@ -9,6 +9,7 @@ from jaxlm.kernels.matmul import dense_together, pays_together
 from jaxlm.models.dense import Dense
 from jaxlm.models.norms import build_norm
 from jaxlm.models.parameter import constant, parameter
+from jaxlm.models.parametrization import build_parametrization
 from jaxlm.models.positions import rotate
 from jaxlm.models.remat import named
 from jaxlm.registry import Registry
@@ -18,7 +19,8 @@ ATTENTIONS = Registry("attention", key="model.attention")
 
 def query_scale(m) -> float:
     """What multiplies queries, beside the 1/sqrt(head_dim) of `attend`."""
-    return m.attention_score_factor * ((m.head_dim / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0)
+    scale = m.attention_score_factor * ((m.head_dim / m.attention_scale_dim) ** 0.5 if m.attention_scale_dim else 1.0)
+    return scale * build_parametrization(m).queries
 
 
 @ATTENTIONS.register("multihead")

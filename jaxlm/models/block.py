@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.config import layer_period
+from jaxlm.config import is_off, layer_period
 from jaxlm.models import latent, moe  # noqa: F401  register themselves
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.cross import CrossAttention
 from jaxlm.models.feedforward import FEEDFORWARDS, FeedForward
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal
+from jaxlm.models.parametrization import build_parametrization
 from jaxlm.parallel.rules import constrain
 
 
@@ -56,15 +57,19 @@ class Inits(NamedTuple):
     use_fan_in: bool
     zero_output: bool
     num_layers: int
+    width: float = 1.0  # of `Parametrization`
+
+    def size(self, fan_in):
+        return fan_in**-0.5 if self.use_fan_in else self.std / self.width**0.5
 
     def hidden(self, fan_in):
-        return normal(fan_in**-0.5 if self.use_fan_in else self.std)
+        return normal(self.size(fan_in))
 
     def output(self, fan_in):
         """Into the residual stream: zero, or shrunk by the number of branches (GPT-2)."""
         if self.zero_output:
             return constant(0.0)
-        return normal((fan_in**-0.5 if self.use_fan_in else self.std) / (2 * self.num_layers) ** 0.5)
+        return normal(self.size(fan_in) / (2 * self.num_layers) ** 0.5)
 
 
 class Block(nnx.Module):
@@ -73,7 +78,9 @@ class Block(nnx.Module):
 
     def __init__(self, config, rngs, dense: bool = False, cross: bool = False):
         m = config.model
-        inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers)
+        scaling = build_parametrization(m)
+        inits = Inits(m.init_std, m.init_fan_in, m.zero_init_proj, m.num_layers / scaling.depth, scaling.width)
+        self.branch = scaling.branch
         self.parallel = m.block == "parallel"
         places = ("pre", "post") if m.norm_place == "both" else (m.norm_place,)
         norm = lambda where: build_norm(config, m.embed_dim, rngs) if where in places else NoNorm()
@@ -96,16 +103,19 @@ class Block(nnx.Module):
         cache, known = cache if cache is not None and hasattr(self, "cross") else (cache, None)
         h_BTD = constrain(self.norm1(x_BTD), "batch", "seq", None)
         a_BTD, value, cache = self.attention(h_BTD, context, kind, first_value, is_first, cache)
-        x_BTD = self.sum_norm1(x_BTD + drop(residual(self.post_norm1(a_BTD)), context.dropout, fold_in(keys_BT, 0)))
+        x_BTD = self.sum_norm1(x_BTD + drop(residual(self.scaled(self.post_norm1(a_BTD))), context.dropout, fold_in(keys_BT, 0)))
         if hasattr(self, "cross"):
             c_BTD = self.cross(constrain(self.cross_norm(x_BTD), "batch", "seq", None), context, known)
-            x_BTD = x_BTD + drop(residual(c_BTD), context.dropout, fold_in(keys_BT, 2))
+            x_BTD = x_BTD + drop(residual(self.scaled(c_BTD)), context.dropout, fold_in(keys_BT, 2))
             cache = None if cache is None else (cache, known)
         if not self.parallel:
             h_BTD = constrain(self.norm2(x_BTD), "batch", "seq", None)
         f_BTD, stats = self.feedforward(h_BTD, context)
-        x_BTD = self.sum_norm2(x_BTD + drop(residual(self.post_norm2(f_BTD)), context.dropout, fold_in(keys_BT, 1)))
+        x_BTD = self.sum_norm2(x_BTD + drop(residual(self.scaled(self.post_norm2(f_BTD))), context.dropout, fold_in(keys_BT, 1)))
         return x_BTD, value, cache, stats
+
+    def scaled(self, x_BTD):
+        return x_BTD if self.branch == 1.0 else x_BTD * self.branch
 
 
 def residual(x_BTD):
@@ -126,7 +136,7 @@ def fold_in(keys, number):
 def drop(x_BTD, rate: float, keys_BT):
     """Dropout; off where there are no keys (evaluation). A key for each token, so that the same numbers are dropped however
     rows and sequence are cut up."""
-    if keys_BT is None or rate == 0.0:
+    if keys_BT is None or is_off(rate):
         return x_BTD
     kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[2:])))(keys_BT)
     return jnp.where(kept, x_BTD / (1 - rate), 0)

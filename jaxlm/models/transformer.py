@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxlm.config import is_off
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
@@ -14,6 +15,7 @@ from jaxlm.models.dense import Dense
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
+from jaxlm.models.parametrization import build_parametrization
 from jaxlm.models.positions import build_position
 from jaxlm.models.remat import check_remat, rematerialise
 from jaxlm.parallel import target
@@ -38,7 +40,8 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate = config.data.isolate_documents
-        self.embed_scale, self.logit_scale, self.final_softcap = m.embed_scale, m.logit_scale, m.final_softcap
+        self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
+        self.logit_scale = m.logit_scale * build_parametrization(m).logits
         self.context_method = config.kernels.context
         self.microbatches, self.pipeline_repeats = config.mesh.pipeline_microbatches, config.mesh.pipeline_repeats
         self.scan, self.scan_unroll, self.remat, self.value_residual = m.scan_layers, m.scan_unroll, m.remat, m.value_residual
@@ -117,7 +120,7 @@ class Transformer(nnx.Module):
 
     def token_keys(self, keys_B, length: int):
         """-> keys_BT of dropout, one a token; None where it is off."""
-        if keys_B is None or not self.dropout:
+        if keys_B is None or is_off(self.dropout):
             return None
         return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(length)))(keys_B)
 

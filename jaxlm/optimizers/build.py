@@ -10,6 +10,7 @@ import optax
 
 from jaxlm.errors import UserError
 from jaxlm.models.parameter import ParamSpec
+from jaxlm.models.parametrization import build_parametrization, of_parameters
 from jaxlm.optimizers.muon import muon
 from jaxlm.registry import Registry
 
@@ -25,6 +26,10 @@ def build_optimizer(config, specs) -> Optimizer:
     """specs: nested dict of ParamSpec that mirrors the parameters. Decay is decoupled: p -= lr * (u + wd * p)."""
     transform = OPTIMIZERS[config.optimizer.name](config, specs)
     lr_scale, wd_scale = group_multipliers(config.optimizer.groups, specs)
+    scaling, name = build_parametrization(config.model), config.optimizer.name
+    rates = of_parameters(lambda spec: scaling.learning_rate(spec, name), specs)
+    lr_scale = jax.tree.map(lambda scale, rate: scale * rate, lr_scale, rates)
+    wd_scale = jax.tree.map(lambda scale, rate: scale / rate, wd_scale, rates)  # lr * wd stays
 
     def update(grads, opt_state, params, learning_rate, weight_decay):
         updates, opt_state = transform.update(grads, opt_state, params)
@@ -66,8 +71,9 @@ def group_multipliers(groups, specs):
     return tuple(jax.tree.map(lambda pair, i=i: float(pair[i]), pairs, is_leaf=is_pair) for i in (0, 1))
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTransformation:
-    """Adam (arXiv:1412.6980) with both moments stored in `dtype` (optax offers that for the first only)."""
+def scale_by_adam(b1: float, b2: float, eps, dtype) -> optax.GradientTransformation:
+    """Adam (arXiv:1412.6980) with both moments stored in `dtype` (optax offers that for the first only). eps: a number, or a tree
+    of one for each parameter."""
 
     def init(params):
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
@@ -79,7 +85,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype) -> optax.GradientTran
         mu = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state["mu"], grads)
         nu = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state["nu"], grads)
         c1, c2 = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
-        updates = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
+        epsilons = eps if isinstance(eps, dict) else jax.tree.map(lambda m: eps, mu)
+        updates = jax.tree.map(lambda m, v, e: (m / c1) / (jnp.sqrt(v / c2) + e), mu, nu, epsilons)
         store = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
         return updates, {"count": count, "mu": store(mu), "nu": store(nu)}
 
@@ -116,8 +123,9 @@ def per_layer(specs, transform: optax.GradientTransformation) -> optax.GradientT
 
 @OPTIMIZERS.register("adamw")
 def adamw(config, specs):
-    o = config.optimizer
-    return scale_by_adam(o.b1, o.b2, o.eps, jnp.dtype(o.moment_dtype))
+    o, scaling = config.optimizer, build_parametrization(config.model)
+    eps = of_parameters(lambda spec: o.eps * scaling.epsilon(spec), specs)
+    return scale_by_adam(o.b1, o.b2, eps, jnp.dtype(o.moment_dtype))
 
 
 @OPTIMIZERS.register("muon")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+MEMBER = "member"  # the mesh axis of an ensemble: each member has a whole model on one device, and sees no mesh
 BATCH = ("data", "fsdp", "expert")  # expert parallelism spreads rows too: only the experts differ between its devices
 
 RULES = {
@@ -85,12 +86,13 @@ def under_mesh(mesh: Mesh, function):
 def mesh_size(*names: str) -> int:
     """Devices of the ambient mesh along these axes; 1 without one. Known while tracing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in names) if mesh.axis_names else 1
+    return math.prod(mesh.shape[name] for name in names) if mesh.axis_names not in ((), (MEMBER,)) else 1
 
 
 def on_a_mesh() -> bool:
     """There is an ambient mesh of more than one device."""
-    return jax.sharding.get_abstract_mesh().size > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and mesh.axis_names != (MEMBER,)
 
 
 def constrain(x, *axes):

@@ -1,4 +1,5 @@
-"""How the runs of a sweep are made: printed, one after another here, in processes of this machine, or by Slurm.
+"""How the runs of a sweep are made: printed, one after another here or as one program, in processes of this machine, or by
+Slurm.
 
 A mode is `(sweep, board, options) -> None`. It takes what is to do from `waves`, tells the board when a run begins and ends, and
 lets one that fails not stop the others.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxlm.config import call
+from jaxlm.config import call, flatten
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.registry import Registry
 from jaxlm.research.board import Board
@@ -80,6 +81,37 @@ def serial(sweep: Sweep, board: Board, options: Options) -> None:
             except Exception as error:  # whatever it is, it is this run's
                 text = "; ".join(error.problems) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 board.ended(run, "failed", text.splitlines()[0])
+
+
+@MODES.register("vmap")
+def vmap(sweep: Sweep, board: Board, options: Options) -> None:
+    """Runs that differ in numbers alone as one program (`jaxlm.research.ensemble`), one group after another in this process."""
+    from jaxlm.cli import start_jax
+    from jaxlm.research.ensemble import train_ensemble
+
+    start_jax(sweep.runs[0].config)
+    for runs in waves(sweep, board):
+        groups = collections.defaultdict(list)
+        for run in runs:
+            words = {key: value for key, value in flatten(run.config).items() if not isinstance(value, float) and key != "seed"}
+            groups[repr(words)].append(run)
+        for group in groups.values():
+            for run in group:
+                run.config.observe.progress = "none"  # the board shows it
+                board.began(run)
+            try:
+                summaries = train_ensemble([run.config for run in group], [str(run.workdir) for run in group],
+                                           overrides=sorted({o for run in group for o in run.overrides}))
+                for run, summary in zip(group, summaries, strict=True):
+                    board.ended(run, summary["status"])
+            except Preempted:
+                for run in group:
+                    board.ended(run, "preempted")
+                raise
+            except Exception as error:  # whatever it is, it is this group's
+                text = "; ".join(error.problems) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                for run in group:
+                    board.ended(run, "diverged" if isinstance(error, Diverged) else "failed", text.splitlines()[0])
 
 
 # ---- Processes --------------------------------------------------------------------------------------------------------------

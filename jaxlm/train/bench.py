@@ -111,13 +111,13 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     }
 
 
-def build(config, overrides):
+def build(config, overrides, devices=None):
     """-> (data, program, config as a read-only view). Raises UserError also for keys set that the program does not read."""
     from configs import default
 
     tracked = Tracked(config)
     data = build_data(tracked)
-    program = build_program(tracked, data.vocab_size)
+    program = build_program(tracked, data.vocab_size, devices)
     # What the loop reads beside the program, and what says how it watches and writes.
     tracked.reads.update(k for k in flatten(config) if k.startswith(ELSEWHERE))
     tracked.reads.update(("steps", "imports", "optimizer.nonfinite", "model.from_pretrained"))

@@ -3,9 +3,7 @@
 How a run starts, in this order: a checkpoint in its own work directory; `model.from_pretrained`; from scratch.
 """
 
-import json
 import os
-import pathlib
 import time
 
 import jax
@@ -19,10 +17,10 @@ from jaxlm.evaluate.perplexity import evaluate_split
 from jaxlm.evaluate.suite import build_suite
 from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
-from jaxlm.models.moe import ROUTER_METRICS, describe_experts
+from jaxlm.models.moe import describe_experts
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
-from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
+from jaxlm.observe.throughput import Clock
 from jaxlm.observe.watchdog import SLOW
 from jaxlm.observe.writers import build_writers
 from jaxlm.parallel import target
@@ -33,6 +31,7 @@ from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
 from jaxlm.train.pretrained import pretrained_params
+from jaxlm.train.record import cost_of, summarise, train_line
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
@@ -105,9 +104,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     eval_step = jit(mesh, build_eval_step(model, program.objective))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
-    causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
-    peak = peak_flops(jax.devices()[0].device_kind, config.kernels.quantization)
-    peak = peak * mesh.size if peak else None
+    cost = cost_of(config, program)
     names = list(flatten_paths(model.trained))
     active = model.num_active_parameters
     active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
@@ -175,21 +172,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         process_log.write(f"{status} at step {step}")
         if not is_main():
             return None
-        speeds = sorted(totals["speeds"])
-        speed = speeds[len(speeds) // 2] if speeds else None
-        summary = {
-            "status": status, "exit_code": exit_code, "steps": step, "tokens": totals["tokens"],
-            "parameters": model.num_parameters, "active_parameters": model.num_active_parameters,
-            "train_loss": totals["train_loss"],
-            "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
-            "bits_per_byte": totals["valid"].get("bits_per_byte"),
-            "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
-            "flops": totals["tokens"] * causal_flops, "compile_seconds": compile_seconds,
-            "seconds_to_first_step": totals["first_step"],
-            "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
-            "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": program.backend,
-            "jax_version": jax.__version__, "commit": json.loads(pathlib.Path(workdir, "config.json").read_text())["commit"],
-        }
+        summary = summarise(workdir, program, totals, cost, status=status, exit_code=exit_code, steps=step,
+                            compile_seconds=compile_seconds, elapsed_seconds=time.time() - began)
         write_json(os.path.join(workdir, "summary.json"), summary)
         writers.close()
         if wants_report:
@@ -229,12 +213,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             speed = rates["tokens_per_second"]
             if speed and step > start + log_every:  # the first lines hold the warm-up
                 totals["speeds"].append(speed)
-            line = {"split": "train", "step": step, "tokens": totals["tokens"], "loss": metrics["loss"],
-                    "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
-                    **{k: metrics[k] for k in ROUTER_METRICS if k in metrics},
-                    "mfu": speed * causal_flops / peak if peak and speed else None,
-                    "mfu_palm": speed * palm_flops / peak if peak and speed else None,
-                    "elapsed_seconds": time.time() - began}
+            line = train_line(step, totals["tokens"], metrics, rates, cost, time.time() - began)
             writers.write(line)
             progress.update(line)
 

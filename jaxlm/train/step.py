@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.config import is_off
 from jaxlm.data.feed import Feed
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import balance_biases, router_metrics
@@ -74,7 +75,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
         weight = jnp.maximum(weight, 1.0)  # a batch of padding only: a zero gradient, not 0/0
         squares = jnp.stack([jnp.sum(jnp.square((g / weight).astype(jnp.float32))) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
-        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12)) if clip_norm else jnp.ones(())
+        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12)) if not is_off(clip_norm) else jnp.ones(())
         finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
         learning_rate = hyper["learning_rate"] * schedule(step)
 
@@ -85,7 +86,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
             if bias_rate:  # by rule, not by gradient: what the optimizer made of them is forgotten
                 trained = balance_biases(trained, old["params"], aux["expert_counts"], bias_rate)
             new = {"params": with_part(old["params"], trained), "opt_state": opt_state}
-            if ema_decay:
+            if not is_off(ema_decay):
                 averages = part_of(old["ema"], model.trained)
                 averages = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, averages, trained)
                 new["ema"] = with_part(old["ema"], averages)

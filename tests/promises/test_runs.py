@@ -171,7 +171,7 @@ def test_every_verb_runs_and_its_help_fits_a_screen(finished):
     assert result.returncode == 0 and set(json.loads(result.stdout)) == {  # one object, and nothing beside it
         "tokens_per_second", "step_seconds", "mfu", "mfu_palm", "matmul_ceiling_tflops", "peak_memory_bytes", "compile_seconds",
         "device", "config_fingerprint", "commit"}, result.stderr
-    for verb in ("train", "eval", "generate", "chat", "serve", "data", "plan", "bench", "report", "doctor"):
+    for verb in ("train", "eval", "generate", "chat", "serve", "data", "plan", "bench", "ensemble", "mup", "report", "doctor"):
         text = jaxlm(verb, "--help").stdout
         assert 3 < text.count("\n") <= 40, verb
 
