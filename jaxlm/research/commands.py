@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 def add_sweep(verb):
     verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a config file with a sweep(add) beside get_config")
     verb.add_argument("--workdir", required=True, metavar="DIR", help="a folder for the sweep: a run directory an arm and seed")
-    verb.add_argument("--mode", default="serial", metavar="NAME", help="print, serial, vmap, processes, slurm (default %(default)s)")
+    verb.add_argument("--mode", default="serial", metavar="NAME", help="print, serial, vmap, processes or slurm (%(default)s)")
     verb.add_argument("--workers", type=int, default=0, metavar="N", help="of processes; default: one a GPU, or a CPU core")
     verb.add_argument("--sbatch", default="", metavar="TEXT", help='of slurm: "--gpus-per-node=8 --time=2:00:00"')
     verb.add_argument("--seeds", type=int, default=0, metavar="N", help="only the first N seeds of each arm")
