@@ -5,7 +5,7 @@ from configs import default
 
 def get_config(arg: str = ""):
     c = default.get_config(arg)
-    c.steps, c.batch_size, c.seq_len = 3000, 16, 128
+    c.steps, c.batch_size, c.seq_len = 1600, 16, 128
     c.data.path, c.data.valid_path, c.data.test_path = "multi30k-en-de/train", "multi30k-en-de/val", "multi30k-en-de/test_2016_flickr"
     c.data.root = "../shared/data"
     c.data.form, c.data.parallel, c.data.prompt, c.data.target = "pair", ("de", "en"), "{de}", "{en}"
@@ -13,8 +13,11 @@ def get_config(arg: str = ""):
     c.objective.name, c.objective.label_smoothing = "seq2seq", 0.1
     c.model.family = "encoder_decoder"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 3, 256, 4
-    c.model.mlp_dim = 512
+    c.model.mlp_dim, c.model.feedforward = 1024, "relu2"
+    c.model.qk_norm = c.model.zero_init_proj = True
     c.model.dropout = 0.1
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.name, c.optimizer.muon_steps = "muon", 4
+    c.optimizer.learning_rate, c.optimizer.adam_lr_ratio = 0.02, 0.3
+    c.schedule.name, c.schedule.final_fraction = "linear", 0.0
     c.eval.every_steps = "10%"
     return c
