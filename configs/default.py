@@ -239,6 +239,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.batches = 0  # 0: the whole validation split
     c.eval.batch_size = 0  # 0: batch_size
     c.eval.stride = 0  # >0: windows overlap; each target counts once, with at least seq_len - stride tokens before it. 0: off
+    # With data.form=pair, `jaxlm eval` answers each prompt and scores it: bleu, bleu_lowercase, bleu_zh, chrf, rouge,
+    c.eval.text_metrics = ()  # rouge_characters (jaxlm/evaluate/text_metrics.py); (): no answers are written
+    c.eval.beams = 1  # texts that the search keeps of each answer; 1: greedy
+    c.eval.length_penalty = 1.0  # of beams: log-probability / tokens ** this
+    c.eval.max_new_tokens = 0  # of an answer; 0: as many as the context has room for
+    c.eval.answers = 0  # while training, examples of the validation split that are answered at each evaluation; 0: none
     c.eval.sample_tokens = 0  # tokens of text written at each evaluation
     c.eval.sample_prompt = "\n"
 

@@ -150,10 +150,14 @@ def add_eval(verb):
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
+    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split.
+
+    With data.form=pair and eval.text_metrics it also answers each prompt, and scores that: DIR/predictions-<split>.jsonl.
+    """
     start_jax()
 
     from jaxlm.data.feed import Feed
+    from jaxlm.evaluate.evaluation import evaluate_examples
     from jaxlm.evaluate.perplexity import evaluate
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
@@ -169,7 +173,8 @@ def run_eval(args):
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
     batches = split.evaluation_batches(rows=feed.rows)
-    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, split.num_bytes)}
+    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, split.num_bytes),
+              **evaluate_examples(run, args.split, args.workdir)}
     if distributed.is_main():
         print(json.dumps(result) if args.json else "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
@@ -202,7 +207,7 @@ def sampling_of(args, problems: list[str], least_one=("tokens",)):
 
 def add_generate(verb):
     add_model(verb)
-    verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
+    verb.add_argument("--prompt", default="\n", help="text to go on from, or to answer: to translate, say (default: a new line)")
     verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     add_sampling(verb)
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")

@@ -308,6 +308,18 @@ def example_problems(c: ConfigDict) -> list[str]:
           f"data.classes={d.classes}: names each class once, with data.form=label, and is () otherwise")
     check(not d.parallel or d.form == "pair" and len(d.parallel) > 1,
           f"data.parallel={d.parallel}: needs data.form=pair and at least two endings")
+    e = c.eval
+    check(not (e.text_metrics or e.answers) or d.form == "pair",
+          f"eval.text_metrics={e.text_metrics}, eval.answers={e.answers}: need data.form=pair; remove them")
+    check(e.text_metrics or not e.answers, f"eval.answers={e.answers}: are scored by eval.text_metrics; set it: ('bleu',)")
+    check(e.beams > 0 and e.answers >= 0 and e.max_new_tokens >= 0,
+          f"eval.beams={e.beams}, eval.answers={e.answers}, eval.max_new_tokens={e.max_new_tokens}: at least 1, 0 and 0")
+    check(e.max_new_tokens < c.seq_len, f"eval.max_new_tokens={e.max_new_tokens}: must be below seq_len={c.seq_len}")
+    if e.text_metrics:
+        from jaxlm.evaluate.text_metrics import METRICS
+
+        for name in e.text_metrics:
+            check(name in METRICS, f"eval.text_metrics: unknown {name!r}; {did_you_mean(name, METRICS)}")
     check(d.valid_every >= 0 and d.valid_every != 1, f"data.valid_every={d.valid_every}: must be 0 (off), or above 1")
     check(d.folds == 0 or d.form in ("pair", "label", "chat") and d.folds > 1 and 0 <= d.fold < d.folds,
           f"data.folds={d.folds}, data.fold={d.fold}: needs data.form=label, pair or chat, at least 2 folds, and one of them")

@@ -72,9 +72,10 @@ class Lines(Silent):
                      f"data wait {percent(line['data_wait_fraction'])}  eta {eta}")
 
     def evaluation(self, line):
-        self.message(f"step {line['step']:>6}  {line['split']}  loss {line['loss']:.4f}  perplexity "
-                     f"{line['perplexity']:.3f}" + "".join(f"  {name} {line[key]:.4f}" for key, name in (
-                         ("bits_per_byte", "bits/byte"), ("accuracy", "accuracy")) if key in line))
+        known = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}  # others by their own names
+        self.message(f"step {line['step']:>6}  {line['split']}" + "".join(
+            f"  {known[key] if key in known else key} {value:.{3 if key == 'perplexity' else 4}f}" for key, value in line.items()
+            if isinstance(value, float)))
 
     def sample(self, text):
         self.message("\n".join("    | " + row for row in text.splitlines()[:8]))

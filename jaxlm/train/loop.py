@@ -63,6 +63,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     if pretrained:
         _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+    eval_answers = config.eval.answers
+    _ = config.eval.text_metrics, config.eval.beams, config.eval.length_penalty, config.eval.max_new_tokens  # by `jaxlm eval` too
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
@@ -130,6 +132,11 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     ]
     process_log.write("\n".join(about))
     progress.start([*about, about_processes()] if num_processes() > 1 else about)
+    answers = None
+    if eval_answers:
+        from jaxlm.evaluate.answers import Answers
+
+        answers = Answers(config, model, data, "valid", eval_answers)
     totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
               "speeds": []}
     generator = None
@@ -144,6 +151,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
             line = evaluate(eval_step, averaged(), batches, eval_feed.put, share * data.valid.num_bytes)
             totals["valid"] = line
+            if answers:
+                line = line | answers.score(answers.write(averaged()))
             line = {"split": "valid/all", "step": step, **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
             writers.write(line)
             progress.evaluation(line)
