@@ -39,7 +39,8 @@ def config_of(folder, family="encoder_decoder", **keys):
     c = default.get_config()
     c.data.root, c.data.store_dir = str(folder), str(folder / "stores")
     c.data.path, c.data.valid_path, c.data.test_path = "train", "val", "test"
-    c.data.form, c.data.parallel, c.data.prompt, c.data.target = "pair", ("x", "y"), "{x}" if family != "decoder" else "{x} = ", "{y}"
+    c.data.form, c.data.parallel = "pair", ("x", "y")
+    c.data.prompt, c.data.target = "{x} = " if family == "decoder" else "{x}", "{y}"
     c.data.tokenizer, c.seq_len, c.batch_size, c.steps = "byte", 32, 4, 4
     c.model.family, c.objective.name = family, "seq2seq" if family == "encoder_decoder" else "next_token"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 16, 2
@@ -112,7 +113,8 @@ def test_train_eval_and_generate(family, tmp_path, capsys):
         assert told[beams]["answers"] == 7 and told[beams]["cut_prompts"] == 0 and "version:" in told[beams]["bleu_signature"]
     import sacrebleu
 
-    assert told[2]["chrf"] == sacrebleu.corpus_chrf([one["answer"] for one in kept], [[one["references"][0] for one in kept]]).score
+    right = [one["references"][0] for one in kept]
+    assert told[2]["chrf"] == sacrebleu.corpus_chrf([one["answer"] for one in kept], [right]).score
     text = (tmp_path / "test.x").read_text().splitlines()[0]
     assert cli.main(["generate", f"--workdir={workdir}", f"--prompt={text}", "--beams=2", "--tokens=12", "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
@@ -163,9 +165,9 @@ def test_a_source_that_is_too_long_is_cut_and_counted(tmp_path):
     assert prompts.request("abc", Sampling()).source == [*b"abc", 256] and prompts.num_cut == 1
     assert "1 of 2 prompts" in prompts.about_cut(2) and "data.source_len" in prompts.about_cut(2)
     rows = build_data(config).test.rows
-    cut = rows.take([0])["source_tokens"][0]
-    assert prompts.request((tmp_path / "test.x").read_text().splitlines()[int(rows.examples[rows.order[0]])], Sampling()).source == \
-        cut[: int(np.argmax(cut == 256)) + 1].tolist()
+    cut, number = rows.take([0])["source_tokens"][0], int(rows.examples[rows.order[0]])
+    text = (tmp_path / "test.x").read_text().splitlines()[number]
+    assert prompts.request(text, Sampling()).source == cut[: int(np.argmax(cut == 256)) + 1].tolist()
 
 
 def test_an_empty_prompt_is_refused(tmp_path):

@@ -8,8 +8,10 @@ from jaxlm.errors import UserError
 from jaxlm.evaluate.text_metrics import METRICS, score
 
 ANSWERS = ["A man runs through the snow.", "two dogs are playing", "the cats sat"]
-REFERENCES = [["A man is running in the snow.", "A man runs through snow."], ["Two dogs play."], ["The cat sits on a mat.", "cats sat"]]
-CHINESE, TITLES = ["基于平方和的控制器设计", "一种新的 方法"], [["一种基于平方和优化的控制器设计方法"], ["新方法", "一种新的方法"]]
+REFERENCES = [["A man is running in the snow.", "A man runs through snow."], ["Two dogs play."],
+              ["The cat sits on a mat.", "cats sat"]]
+CHINESE = ["基于平方和的控制器设计", "一种新的 方法"]
+TITLES = [["一种基于平方和优化的控制器设计方法"], ["新方法", "一种新的方法"]]
 
 
 def test_bleu_and_chrf_are_those_of_sacrebleu():
@@ -32,7 +34,8 @@ def test_rouge_is_that_of_rouge_score_with_the_best_of_several_references():
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
     got = score(("rouge",), ANSWERS, REFERENCES)
     for kind in kinds:
-        best = [max(scorer.score(one, answer)[kind].fmeasure for one in of) for answer, of in zip(ANSWERS, REFERENCES, strict=True)]
+        best = [max(scorer.score(one, answer)[kind].fmeasure for one in of)
+                for answer, of in zip(ANSWERS, REFERENCES, strict=True)]
         assert got[kind] == pytest.approx(100 * statistics.fmean(best))
     assert score(("rouge",), ANSWERS, [of[:1] for of in REFERENCES])["rouge1"] < got["rouge1"]
 
