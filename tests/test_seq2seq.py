@@ -42,6 +42,7 @@ def config_of(folder, family="encoder_decoder", **keys):
     c.data.form, c.data.parallel = "pair", ("x", "y")
     c.data.prompt, c.data.target = "{x} = " if family == "decoder" else "{x}", "{y}"
     c.data.tokenizer, c.seq_len, c.batch_size, c.steps = "byte", 32, 4, 4
+    c.mesh.data = 1
     c.model.family, c.objective.name = family, "seq2seq" if family == "encoder_decoder" else "next_token"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 16, 2
     c.eval.text_metrics, c.eval.max_new_tokens, c.eval.answers = ("bleu", "chrf"), 12, 3

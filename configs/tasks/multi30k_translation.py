@@ -12,7 +12,7 @@ from configs import default
 
 def get_config(arg: str = ""):
     c = default.get_config(arg)
-    c.steps, c.batch_size, c.seq_len = 1600, 16, 128
+    c.steps, c.batch_size, c.seq_len = 1000, 16, 128
     c.data.root = "../shared/data"
     c.data.path, c.data.valid_path = "multi30k-en-de/train", "multi30k-en-de/val"
     c.data.test_path = "multi30k-en-de/test_2016_flickr"
