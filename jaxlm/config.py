@@ -158,7 +158,8 @@ def resolve(config: ConfigDict) -> None:
     m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
     d = config.data
-    d.source_len = d.source_len or config.seq_len
+    if m.family == "encoder_decoder":
+        d.source_len = d.source_len or config.seq_len
     if d.form != "text":  # examples stay whole, and do not see one another
         d.isolate_documents, d.packing = True, "best_fit" if d.packing == "concat" else d.packing
         d.prompt = d.prompt or ("{%s}" % d.text_field if d.form == "label" else "{prompt}")
