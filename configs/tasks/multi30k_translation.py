@@ -17,16 +17,16 @@ def get_config(arg: str = ""):
     c.data.path, c.data.valid_path = "multi30k-en-de/train", "multi30k-en-de/val"
     c.data.test_path = "multi30k-en-de/test_2016_flickr"
     c.data.form, c.data.parallel, c.data.prompt, c.data.target = "pair", ("de", "en"), "{de}", "{en}"
-    c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 8192
+    c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 4096
     c.objective.name, c.objective.label_smoothing = "seq2seq", 0.1
     c.model.family = "encoder_decoder"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 3, 256, 4
-    c.model.mlp_dim, c.model.feedforward = 1024, "relu2"
+    c.model.mlp_dim, c.model.feedforward = 512, "relu2"
     c.model.qk_norm = c.model.zero_init_proj = True
-    c.model.dropout = 0.1
+    c.model.dropout = 0.05
     c.optimizer.name, c.optimizer.muon_steps = "muon", 4
     c.optimizer.learning_rate, c.optimizer.adam_lr_ratio = 0.02, 0.3
-    c.schedule.name, c.schedule.final_fraction = "linear", 0.0
+    c.schedule.name, c.schedule.warmup_steps, c.schedule.decay_steps, c.schedule.final_fraction = "wsd", 10, "40%", 0.0
     c.eval.every_steps = "10%"
     c.eval.text_metrics, c.eval.beams, c.eval.max_new_tokens = ("bleu", "bleu_lowercase", "chrf"), 5, 100
     return c
