@@ -261,7 +261,7 @@ def validate(config: ConfigDict) -> None:
     check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
-    problems += example_problems(c)
+    problems += import_parts(c.imports) + example_problems(c)
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path or c.data.valid_every, "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
@@ -292,7 +292,6 @@ def validate(config: ConfigDict) -> None:
         warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
                                 "make it shorter than the run")
-    problems += import_parts(c.imports)
     if problems:
         raise UserError(*problems)
 
