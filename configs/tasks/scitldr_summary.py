@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     c.data.path, c.data.valid_path, c.data.test_path = (f"scitldr/{name}.jsonl.gz" for name in ("train", "dev", "test"))
     c.data.form, c.data.prompt, c.data.target = "pair", "{source}", "{target}"
     c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 4096
-    c.steps, c.batch_size = 600, 16
+    c.steps, c.batch_size = 300, 16
     if arg == "decoder":
         c.seq_len, c.objective.name = 384, "next_token"
         c.data.prompt = "{source}\nTL;DR: "
