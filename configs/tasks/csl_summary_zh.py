@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     c.steps, c.batch_size, c.seq_len, c.data.source_len = 500, 16, 48, 240
     c.model.family, c.objective.name, c.objective.label_smoothing = "encoder_decoder", "seq2seq", 0.1
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 2, 128, 4
-    c.model.feedforward, c.model.dropout = "relu2", 0.2
+    c.model.feedforward, c.model.dropout = "relu2", 0.3
     c.model.qk_norm = c.model.zero_init_proj = True
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.adam_lr_ratio = "muon", 0.02, 0.3
     c.schedule.name, c.schedule.final_fraction = "linear", 0.0
