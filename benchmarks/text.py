@@ -13,6 +13,7 @@ import re
 
 from record import save
 
+from jaxlm.config import flatten
 from jaxlm.data.formats import open_stream
 from jaxlm.data.sources import find_files
 from jaxlm.evaluate.text_metrics import score
@@ -46,8 +47,8 @@ def main():
         "trivial": {name: {key: value for key, value in of([answer(line) for line in lines]).items() if "signature" not in key}
                     for name, answer in FIELDS[task].items()},
         "samples": [{key: line[key] for key in ("prompt", "answer", "references")} for line in lines[:5]],
-        "summary": json.loads((folder / "summary.json").read_text()), "config": json.loads(
-            (folder / "config.json").read_text())["config"]})
+        "summary": json.loads((folder / "summary.json").read_text()), "config": {
+            key: value for key, value in flatten(config).items() if key not in ("data.root", "data.store_dir")}})
 
 
 if __name__ == "__main__":

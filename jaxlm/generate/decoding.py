@@ -38,7 +38,7 @@ class Generator:
     """The compiled programs of a model, for any number of texts and any parameters.
 
     model: `jaxlm.train.state.Model`. vocab_size: of the tokenizer; padding ids of the model are never sampled. seq_len: tokens of
-    context; a text that outgrows it goes on from its last half. source_len: of an encoder-decoder's source, at most; 0: seq_len.
+    context; a text that outgrows it goes on from its last half. source_len: of an encoder-decoder's source; 0: seq_len.
     """
 
     def __init__(self, model, vocab_size: int, seq_len: int, source_len: int = 0):
@@ -81,8 +81,8 @@ class Generator:
         if self.has_source and not request.source:
             raise UserError("the prompt is empty; give a text to write about")
         if len(request.source or ()) > self.source_len:
-            raise UserError(f"the source has {len(request.source)} tokens, and the encoder takes {self.source_len}; shorten it, or "
-                            "set --config.data.source_len if the model can take more")
+            raise UserError(f"the source has {len(request.source)} tokens, and the encoder takes {self.source_len}; shorten it, "
+                            "or set --config.data.source_len if the model can take more")
 
     def prompt_arrays(self, request: Request, context: list, source_room: int) -> tuple:
         """-> (tokens_1T, number of them, source_1S, number of them), filled up to few different lengths; sources to the same."""
