@@ -156,7 +156,8 @@ def add_eval(verb):
 
 def run_eval(args):
     """What a run's newest checkpoint, or Hugging Face weights, make of the validation split (loss, perplexity, bits per byte) and
-    of the config's eval.tasks; or of --tasks and --lm_eval.
+    of the config's eval.tasks; or of --tasks and --lm_eval. With data.form=pair and eval.text_metrics it also answers each
+    prompt, and scores that: DIR/predictions-<split>.jsonl.
 
     Any config key can be set: --config.eval.task_limit=100, --config.seq_len=1024
     """
@@ -193,6 +194,7 @@ def run_eval(args):
 
 def of_split(args, run) -> dict:
     from jaxlm.data.feed import Feed
+    from jaxlm.evaluate.evaluation import evaluate_examples
     from jaxlm.evaluate.perplexity import evaluate_split
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
@@ -207,7 +209,7 @@ def of_split(args, run) -> dict:
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
     lines = evaluate_split(eval_step, run.params, split, feed)
     sources = {name: line for name, line in lines.items() if name != "all"}
-    return {**lines["all"], **({"sources": sources} if sources else {})}
+    return {**lines["all"], **({"sources": sources} if sources else {}), **evaluate_examples(run, args.split, args.workdir)}
 
 
 def add_sampling(verb):
@@ -237,7 +239,7 @@ def sampling_of(args, problems: list[str], least_one=("tokens",)):
 
 def add_generate(verb):
     add_model(verb)
-    verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
+    verb.add_argument("--prompt", default="\n", help="text to go on from, or to answer: to translate, say (default: a new line)")
     verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     add_sampling(verb)
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")

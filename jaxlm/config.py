@@ -272,7 +272,7 @@ def validate(config: ConfigDict) -> None:
     check(c.eval.task_limit >= 0, f"eval.task_limit={c.eval.task_limit}: must not be negative; 0 is all questions")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
-    problems += example_problems(c)
+    problems += import_parts(c.imports) + example_problems(c)
     check(0 < c.data.valid_fraction < 1 or c.data.valid_path or c.data.valid_every,
           "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
@@ -306,7 +306,6 @@ def validate(config: ConfigDict) -> None:
         warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "
                                 "make it shorter than the run")
-    problems += import_parts(c.imports)
     problems += parametrization_problems(c)
     if problems:
         raise UserError(*problems)
@@ -324,6 +323,18 @@ def example_problems(c: ConfigDict) -> list[str]:
           f"data.classes={d.classes}: names each class once, with data.form=label, and is () otherwise")
     check(not d.parallel or d.form == "pair" and len(d.parallel) > 1,
           f"data.parallel={d.parallel}: needs data.form=pair and at least two endings")
+    e = c.eval
+    check(not (e.text_metrics or e.answers) or d.form == "pair",
+          f"eval.text_metrics={e.text_metrics}, eval.answers={e.answers}: need data.form=pair; remove them")
+    check(e.text_metrics or not e.answers, f"eval.answers={e.answers}: are scored by eval.text_metrics; set it: ('bleu',)")
+    check(e.beams > 0 and e.answers >= 0 and e.max_new_tokens >= 0,
+          f"eval.beams={e.beams}, eval.answers={e.answers}, eval.max_new_tokens={e.max_new_tokens}: at least 1, 0 and 0")
+    check(e.max_new_tokens < c.seq_len, f"eval.max_new_tokens={e.max_new_tokens}: must be below seq_len={c.seq_len}")
+    if e.text_metrics:
+        from jaxlm.evaluate.text_metrics import METRICS
+
+        for name in e.text_metrics:
+            check(name in METRICS, f"eval.text_metrics: unknown {name!r}; {did_you_mean(name, METRICS)}")
     check(d.valid_every >= 0 and d.valid_every != 1, f"data.valid_every={d.valid_every}: must be 0 (off), or above 1")
     check(d.folds == 0 or d.form in ("pair", "label", "chat") and d.folds > 1 and 0 <= d.fold < d.folds,
           f"data.folds={d.folds}, data.fold={d.fold}: needs data.form=label, pair or chat, at least 2 folds, and one of them")

@@ -120,7 +120,10 @@ class Pair(Example):
         targets = references(data.target, record)
         if not targets or not targets[0].strip():
             raise Unfit(f"data.target={data.target!r} is empty; mend it, or set data.on_error=skip")
-        return [[(filled(data.prompt, record, "prompt"), False), (targets[0], True), *self.ending]]
+        prompt = filled(data.prompt, record, "prompt")
+        if not prompt:
+            raise Unfit(f"data.prompt={data.prompt!r} is empty; mend it, or set data.on_error=skip")
+        return [[(prompt, False), (targets[0], True), *self.ending]]
 
 
 @FORMS.register("label")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.generate.decoding import Generator, Request, padded_power
+from jaxlm.generate.decoding import Generator, Request, padded, padded_power
 
 
 class Hypothesis(NamedTuple):
@@ -20,35 +20,52 @@ class BeamSearch:
 
     def __init__(self, generator: Generator, beams: int, length_penalty: float = 1.0):
         self.generator, self.beams, self.length_penalty = generator, beams, length_penalty
-        self.begin = jax.jit(self._begin, static_argnames="room")
+        self.begin = jax.jit(jax.vmap(self._begin, in_axes=(None, 0, 0, 0, 0)))
         self.go_on = jax.jit(self._go_on, donate_argnums=2)
 
-    def search(self, params, requests: list[Request]) -> list[list[Hypothesis]]:
-        """-> of each request, its hypotheses, best first. All requests are searched side by side; their sampling options and
-        seeds count for nothing. Raises UserError as `Generator.check`, and for a text that would outgrow the context."""
-        generator, K = self.generator, self.beams
+    def search(self, params, requests: list[Request], at_once: int = 32) -> list[list[Hypothesis]]:
+        """-> of each request, its hypotheses, best first. `at_once` requests of about the same length are searched side by
+        side; their sampling options and seeds count for nothing. Raises UserError as `Generator.check`, and for a text that
+        would outgrow the context."""
         for request in requests:
-            generator.check(request, room_for_all=True)
-        params = generator.loosen(params)
-        room = min(generator.seq_len, 1 << (max(len(r.prompt) + r.num_tokens for r in requests) - 1).bit_length())
-        room = max(room, *(padded_power(r.prompt, generator.seq_len) for r in requests))
-        source_room = max(padded_power(r.source or [0], generator.seq_len) for r in requests)
-        begun = [self.begin(params, *generator.prompt_arrays(r, r.prompt, source_room), room=room) for r in requests]
-        rows = jax.tree.map(lambda *a: jnp.repeat(jnp.stack(a), K, axis=0), *(row for _, row in begun))
-        found = np.stack([np.asarray(best) for best, _ in begun])  # (requests, 2, 2K): log-probabilities, ids
-        states = [State(request, K, self.length_penalty) for request in requests]
-        for state, (log_probabilities, ids) in zip(states, found, strict=True):
+            self.generator.check(request, room_for_all=True)
+        params, at_once = self.generator.loosen(params), min(at_once, len(requests))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].source or ()), len(requests[i].prompt)))
+        found: list = [None] * len(requests)
+        for first in range(0, len(order), at_once):
+            part = order[first : first + at_once]
+            filled = [requests[i] for i in (part + part[-1:] * at_once)[:at_once]]  # the same number: the same program
+            for i, hypotheses in zip(part, self._search(params, filled, len(part)), strict=False):
+                found[i] = hypotheses
+        return found
+
+    def _search(self, params, requests, wanted: int) -> list[list[Hypothesis]]:
+        """wanted: of the requests, those that the search goes on for."""
+        generator, K = self.generator, self.beams
+        T = max(padded_power(r.prompt, generator.seq_len) for r in requests)
+        S = max(padded_power(r.source or [0], generator.source_len) for r in requests)
+        tokens_N1T = np.stack([padded(r.prompt, T) for r in requests])
+        sources_N1S = np.stack([padded(r.source or [0], S) for r in requests])
+        index_N, lengths_N = (np.array([len(ids or ()) for ids in of], np.int32) for of in zip(
+            *((r.prompt, r.source) for r in requests), strict=True))
+        best, rows = self.begin(params, tokens_N1T, index_N, sources_N1S, lengths_N)
+        rows, room = jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), rows), T
+        best, states = np.asarray(best), [State(request, K, self.length_penalty) for request in requests]
+        for state, (log_probabilities, ids) in zip(states, best, strict=True):
             state.extend(log_probabilities[None], ids[None].astype(int))
-        index = np.repeat([len(r.prompt) for r in requests], K).astype(np.int32)
-        while not all(state.done for state in states):
+        index = index_N
+        while not all(state.done for state in states[:wanted]):
+            if max(i for i, state in zip(index, states, strict=True) if not state.done) >= room:
+                room = min(2 * room, generator.seq_len)
+                rows = generator.grow(rows, room)
             parents = np.concatenate([state.parents + i * K for i, state in enumerate(states)]).astype(np.int32)
             tokens = np.concatenate([[text[-1] for text in state.texts] for state in states]).astype(np.int32)
-            best, rows = self.go_on(params, tokens, rows, parents, index)
-            best, index = np.asarray(best), np.minimum(index + 1, room - 1)
+            best, rows = self.go_on(params, tokens, rows, parents, np.repeat(np.minimum(index, room - 1), K))
+            best, index = np.asarray(best), index + 1
             for i, state in enumerate(states):
                 if not state.done:
                     state.extend(best[i * K : i * K + K, 0], best[i * K : i * K + K, 1].astype(int))
-        return [state.finish() for state in states]
+        return [state.finish() for state in states[:wanted]]
 
     def _best(self, module, x_D):
         logits_V = module.logits(x_D[None, None])[0, 0]
@@ -56,14 +73,14 @@ class BeamSearch:
         log_probabilities, ids = jax.lax.top_k(jax.nn.log_softmax(logits_V), min(2 * self.beams, self.generator.vocab_size))
         return jnp.stack([log_probabilities, ids.astype(jnp.float32)])
 
-    def _begin(self, params, tokens_1T, length, source_1S, source_length, *, room):
+    def _begin(self, params, tokens_1T, length, source_1S, source_length):
         module, row = self.generator.read(params, tokens_1T, source_1S, source_length)
         x_1TD, row = self.generator.forward(module, tokens_1T, row, 0)
-        return self._best(module, x_1TD[0, length - 1]), self.generator.with_room(row, room)
+        return self._best(module, x_1TD[0, length - 1]), row
 
     def _go_on(self, params, tokens_R, rows, parents_R, index_R):
-        """Row i goes on from what row parents[i] had."""
-        module, rows = self.generator.module(params), jax.tree.map(lambda a: a[parents_R], rows)
+        """Row i goes on from what row parents[i], of the same request, had."""
+        module, rows = self.generator.module(params), self.generator.with_cache(rows, lambda a: a[parents_R])
 
         def one(token, row, index):
             x_1TD, row = self.generator.forward(module, token.reshape(1, 1), row, index)

@@ -38,11 +38,11 @@ class Generator:
     """The compiled programs of a model, for any number of texts and any parameters.
 
     model: `jaxlm.train.state.Model`. vocab_size: of the tokenizer; padding ids of the model are never sampled. seq_len: tokens of
-    context; a text that outgrows it goes on from its last half.
+    context; a text that outgrows it goes on from its last half. source_len: of an encoder-decoder's source; 0: seq_len.
     """
 
-    def __init__(self, model, vocab_size: int, seq_len: int):
-        self.model, self.vocab_size, self.seq_len = model, vocab_size, seq_len
+    def __init__(self, model, vocab_size: int, seq_len: int, source_len: int = 0):
+        self.model, self.vocab_size, self.seq_len, self.source_len = model, vocab_size, seq_len, source_len or seq_len
         self.stacks = [name for name in ("first_layers", "layers") if name in model.specs]
         self.has_source = "encoder_layers" in model.specs
         self.loosen = jax.jit(self._apart)
@@ -78,8 +78,11 @@ class Generator:
                             f"context of {self.seq_len}; ask for fewer")
         if self.has_source != (request.source is not None):
             raise UserError("model.family=encoder_decoder writes about a source text, and no other family does")
-        if len(request.source or ()) > self.seq_len:
-            raise UserError(f"the source has {len(request.source)} tokens, the model's context is {self.seq_len}; shorten it")
+        if self.has_source and not request.source:
+            raise UserError("the prompt is empty; give a text to write about")
+        if len(request.source or ()) > self.source_len:
+            raise UserError(f"the source has {len(request.source)} tokens, and the encoder takes {self.source_len}; shorten it, "
+                            "or set --config.data.source_len if the model can take more")
 
     def prompt_arrays(self, request: Request, context: list, source_room: int) -> tuple:
         """-> (tokens_1T, number of them, source_1S, number of them), filled up to few different lengths; sources to the same."""
@@ -144,12 +147,15 @@ class Generator:
         return jax.vmap(one)(tokens_R, rows, index_R, options_R, seeds_R)
 
     def with_room(self, row, room: int):
-        """Room for `room` tokens; what is known of a source stays as it is."""
-        longer = lambda a: jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, room - a.shape[-2]), (0, 0)])
-        grow = lambda cache: jax.tree.map(longer, cache)
-        layers = {name: [(grow(layer[0]), layer[1]) if self.has_source else grow(layer) for layer in part]
+        """Room for `room` tokens."""
+        return self.with_cache(row, lambda a: jnp.pad(a, [*[(0, 0)] * (a.ndim - 2), (0, room - a.shape[-2]), (0, 0)]))
+
+    def with_cache(self, row, change):
+        """`change` of each array (..., tokens, features) that is kept of a text; what is known of a source stays as it is."""
+        of = lambda cache: jax.tree.map(change, cache)
+        layers = {name: [(of(layer[0]), layer[1]) if self.has_source else of(layer) for layer in part]
                   for name, part in row["layers"].items()}
-        return {**row, "history": longer(row["history"][..., None])[..., 0], "layers": layers}
+        return {**row, "history": change(row["history"][..., None])[..., 0], "layers": layers}
 
 
 class Session:
@@ -216,7 +222,7 @@ class Session:
     def _begin(self, at: int, context: list) -> Token:
         generator, (_, request) = self.generator, self.requests[at]
         context = context[-(generator.seq_len - 1):] or context[-1:]
-        arrays = generator.prompt_arrays(request, context, generator.seq_len)
+        arrays = generator.prompt_arrays(request, context, generator.source_len)
         T = arrays[0].shape[1]
         if T > self.room:
             self.room = T

@@ -1,10 +1,13 @@
 """`jaxlm generate`: prompts in, texts out, on the terminal or as JSON lines."""
 
 import json
+import re
+import sys
 
 from jaxlm.errors import UserError
 from jaxlm.generate.beam import BeamSearch
-from jaxlm.generate.decoding import Generator, Request
+from jaxlm.generate.decoding import Generator
+from jaxlm.generate.prompts import Prompts
 from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.text import Text
 from jaxlm.parallel.distributed import is_main
@@ -29,10 +32,10 @@ def stop_ids(tokenizer, names: list[str]) -> frozenset:
 
 
 class Written:
-    """What has come of one prompt."""
+    """What has come of one prompt. shown: what stands before it."""
 
-    def __init__(self, prompt: str, tokenizer, stop: tuple, ends: frozenset):
-        self.prompt, self.ends, self.inner, self.done = prompt, ends, Text(tokenizer, stop), False
+    def __init__(self, prompt: str, shown: str, tokenizer, stop: tuple, ends: frozenset):
+        self.prompt, self.shown, self.ends, self.inner, self.done = prompt, shown, ends, Text(tokenizer, stop), False
         self.text, self.tokens, self.log_probability = "", 0, 0.0
 
     def add(self, token) -> str:
@@ -46,31 +49,36 @@ class Written:
 
     def line(self, as_json: bool) -> str:
         if not as_json:
-            return self.prompt + self.text
+            return self.shown + self.text
         return json.dumps({"prompt": self.prompt, "text": self.text, "tokens": self.tokens,
                            "log_probability": self.log_probability}, ensure_ascii=False)
 
 
 def write(run, prompts: list[str], num_tokens: int, options: Sampling, *, seed: int = 0, stop: tuple = (),
           stop_tokens: tuple = (), beams: int = 1, length_penalty: float = 1.0, as_json: bool = False) -> None:
-    """Write on from each prompt: one prompt's text as it comes, several text by text as they end.
+    """Write on from each prompt, or, with data.form=pair or an encoder-decoder, answer it: one prompt's text as it comes, several
+    text by text as they end. A prompt fills the one field that data.prompt has.
 
     Raises UserError: a prompt or an option that cannot be served.
     """
     tokenizer, ends = run.data.tokenizer, stop_ids(run.data.tokenizer, stop_tokens)
-    requests = [Request([int(t) for t in tokenizer.encode(prompt)], num_tokens, options, seed + i, ends)
-                for i, prompt in enumerate(prompts)]
-    generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len)
-    texts = [Written(prompt, tokenizer, stop, ends) for prompt in prompts]
+    data, asked = run.config.data, Prompts(run.config, tokenizer, num_tokens)
+    fields = re.findall(r"\{[^{}]+\}", data.prompt) if data.form == "pair" else []
+    full = lambda prompt: data.prompt.replace(fields[0], prompt) if len(fields) == 1 else prompt
+    requests = [asked.request(full(prompt), options, seed + i, ends) for i, prompt in enumerate(prompts)]
+    if is_main() and asked.num_cut:
+        print(f"jaxlm: {asked.about_cut(len(prompts))}", file=sys.stderr)
+    generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, data.source_len)
+    texts = [Written(prompt, prompt if asked.room is None else "", tokenizer, stop, ends) for prompt in prompts]
     if beams > 1:
         found = BeamSearch(generator, beams, length_penalty).search(run.params, requests)
-        for written, (best, *_) in zip(texts, found, strict=True):
+        for written, request, (best, *_) in zip(texts, requests, found, strict=True):
             written.text, written.tokens = tokenizer.decode(best.ids), len(best.ids)
-            written.log_probability = best.score * (len(best.ids) + (len(best.ids) < num_tokens)) ** length_penalty
+            written.log_probability = best.score * (len(best.ids) + (len(best.ids) < request.num_tokens)) ** length_penalty
             show(written.line(as_json), "\n")
         return
     live = len(prompts) == 1 and not as_json
-    show(prompts[0] if live else "")
+    show(texts[0].shown if live else "")
     for token in generator.stream(run.params, requests):
         written = texts[token.request]
         if written.done:  # by a stop string, which the generator does not know of

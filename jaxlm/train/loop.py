@@ -64,6 +64,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
     keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
     suite = build_suite(config, model, data.tokenizer, mesh)
+    eval_answers = config.eval.answers
+    _ = config.eval.text_metrics, config.eval.beams, config.eval.length_penalty, config.eval.max_new_tokens  # by `Answers`
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
@@ -130,6 +132,11 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     ]
     process_log.write("\n".join(about))
     progress.start([*about, about_processes()] if num_processes() > 1 else about)
+    answers = None
+    if eval_answers:
+        from jaxlm.evaluate.answers import Answers
+
+        answers = Answers(config, model, data, "valid", eval_answers)
     totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
               "speeds": []}
     generator = None
@@ -141,6 +148,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         nonlocal generator
         if data.valid is not None:
             lines = evaluate_split(eval_step, averaged(), data.valid, eval_feed, eval_batches)
+            if answers:
+                lines["all"] |= answers.score(answers.write(averaged()))
             totals["valid"] = lines["all"]
             for name, line in lines.items():
                 line = {"split": f"valid/{name}", "step": step,
