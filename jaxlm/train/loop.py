@@ -35,7 +35,7 @@ from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
-from jaxlm.train.stop import StopSignal
+from jaxlm.train.stop import Patience, StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
@@ -62,7 +62,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     policy, pretrained = config.optimizer.nonfinite, config.model.from_pretrained
     if pretrained:
         _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
-    keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+    keep, keep_best, metric = config.checkpoint.keep, config.checkpoint.keep_best, config.eval.metric
+    most = config.eval.patience
+    patience_at = lambda step: Patience(metric, most, workdir, step)
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
     wants_report = config.observe.report
     progress = build_progress(config, steps)
@@ -80,9 +82,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     writers = build_writers(config, workdir)
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
-    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
+    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best, metric=metric)
     latest = checkpoints.latest()
-    if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
+    ended = latest is not None and (latest == steps or patience_at(latest).exhausted)
+    if ended and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
     checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
@@ -94,6 +97,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         if pretrained:
             state["params"], untaken = pretrained_params(program, full_config, state["params"])
     start = int(state["step"])
+    patience = patience_at(start)
     writers.truncate_after(start)
     alive("compiling", SLOW)
 
@@ -130,8 +134,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     ]
     process_log.write("\n".join(about))
     progress.start([*about, about_processes()] if num_processes() > 1 else about)
-    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
-              "speeds": []}
+    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "improved": False,
+              "train_loss": None, "speeds": []}
     generator = None
 
     def averaged():
@@ -143,7 +147,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             batches = data.valid.evaluation_batches(eval_batches, eval_feed.rows)
             share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
             line = evaluate(eval_step, averaged(), batches, eval_feed.put, share * data.valid.num_bytes)
-            totals["valid"] = line
+            totals["valid"], totals["improved"] = line, patience.saw({"step": step, **line})
             line = {"split": "valid/all", "step": step, **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
             writers.write(line)
             progress.evaluation(line)
@@ -177,6 +181,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             "train_loss": totals["train_loss"],
             "valid_loss": totals["valid"]["loss"] if totals["valid"] else None,
             "bits_per_byte": totals["valid"].get("bits_per_byte"),
+            "stopped_early": patience.exhausted and step < steps,
+            "best": {"step": patience.best_step, metric: patience.best} if patience.best_step else None,
             "tokens_per_second": speed, "mfu": speed * causal_flops / peak if speed and peak else None,
             "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
             "elapsed_seconds": time.time() - began, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
@@ -231,11 +237,11 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             writers.write(line)
             progress.update(line)
 
-    step, saving = start, False
+    step, saving, enough = start, False, patience.exhausted
     batches = data.train.prefetched(start, feed.put, feed.rows)
     try:
         with jax.transfer_guard("disallow"):
-            for step in range(start + 1, steps + 1):
+            for step in () if enough else range(start + 1, steps + 1):
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
@@ -256,11 +262,16 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                     if due_eval:
                         with jax.transfer_guard("allow"):
                             run_evaluation(step)
-                    if due_save or stopping:
+                    enough = due_eval and patience.exhausted
+                    if due_save or stopping or enough or (due_eval and keep_best and totals["improved"]):
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
                     saving = True
                     clock.restart(step, totals["tokens"])
+                    if enough:
+                        progress.message(f"step {step}: {most} evaluations without a better {metric} than "
+                                         f"{patience.best:.4f} at step {patience.best_step}; stopping early")
+                        break
                 alive()
                 if stopping and step < steps:
                     finish("preempted", 75, step)
@@ -273,4 +284,4 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         batches.close()
         checkpoints.close()
         progress.stop()
-    return finish("completed", 0, steps)
+    return finish("completed", 0, step)
