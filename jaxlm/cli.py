@@ -143,14 +143,28 @@ def run_train(args):
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
 
 
+def add_checkpoint(verb):
+    verb.add_argument("--checkpoint", default="", metavar="WHICH", help="of the run: best (by eval.metric), latest, or a step; "
+                      "default: best where the run keeps it (checkpoint.keep_best, eval.patience), else latest")
+
+
 def add_eval(verb):
     add_model(verb)
+    add_checkpoint(verb)
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --crossval: what to train")
+    verb.add_argument("--crossval", type=int, default=0, metavar="K", help="train K runs in --workdir, each with another part of the "
+                      "training split held out, and evaluate each on its part")
     verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_eval(args):
-    """Loss, perplexity and bits per byte of a run's newest checkpoint, or of Hugging Face weights, on the validation split."""
+    """Loss, perplexity and bits per byte of a run, or of Hugging Face weights, on the validation split.
+
+    Of a classifier: accuracy, F1, AUC-ROC, calibration, confusion matrix, with a page of pictures beside the run.
+    """
+    if args.crossval or args.config:
+        return run_crossval(args)
     start_jax()
 
     from jaxlm.data.feed import Feed
@@ -161,7 +175,11 @@ def run_eval(args):
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
-    run = open_run(args.workdir, args.overrides)
+    run = open_run(args.workdir, args.overrides, checkpoint=args.checkpoint)
+    if run.config.objective.name == "classification":
+        from jaxlm.evaluate.classification import report_classes
+
+        return report_classes(run, args.split, args.workdir, args.json)
     split = run.data.valid if args.split == "valid" else run.data.test
     if split is None:
         raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)"
@@ -173,6 +191,27 @@ def run_eval(args):
     if distributed.is_main():
         print(json.dumps(result) if args.json else "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+
+
+def run_crossval(args):
+    """`jaxlm eval --config=FILE --crossval=K --workdir=DIR`."""
+    if not (args.config and args.crossval and args.workdir) or args.split != "valid":
+        raise UserError("--crossval=K: give --config=FILE and --workdir=DIR with it, and no --split; without it eval takes no --config")
+    from jaxlm.config import load
+    from jaxlm.evaluate.crossval import check_folds, cross_validate
+
+    check_folds(load(args.config, args.overrides), args.crossval)
+    folds = [f"--config.data.folds={args.crossval}", *(["--config.observe.progress=none"] if args.json else [])]
+    configs = [load(args.config, [*args.overrides, *folds, f"--config.data.fold={i}"]) for i in range(args.crossval)]
+    start_alone("eval --crossval", configs[0])
+    from jaxlm.observe.watchdog import Watchdog
+    from jaxlm.train.loop import train
+
+    def train_fold(config, workdir):
+        with Watchdog(config.observe.hang_seconds, on_hang=lambda message: distributed.leave(1, [message])) as watchdog:
+            train(config, workdir, overrides=[*args.overrides, *folds], alive=watchdog.beat)
+
+    cross_validate(configs, args.workdir, train_fold, args.checkpoint, args.json)
 
 
 def add_sampling(verb):
@@ -202,6 +241,7 @@ def sampling_of(args, problems: list[str], least_one=("tokens",)):
 
 def add_generate(verb):
     add_model(verb)
+    add_checkpoint(verb)
     verb.add_argument("--prompt", default="\n", help="text to go on from (default: a new line)")
     verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     add_sampling(verb)
@@ -213,7 +253,7 @@ def add_generate(verb):
 
 
 def run_generate(args):
-    """Write text with a run's newest checkpoint, or with Hugging Face weights."""
+    """Write text with a run, or with Hugging Face weights."""
     prompts, problems = [args.prompt], []
     if args.prompts:
         try:
@@ -227,7 +267,7 @@ def run_generate(args):
     from jaxlm.generate.write import write
     from jaxlm.train.restore import open_run
 
-    write(open_run(args.workdir, args.overrides, text=False), prompts, args.tokens, options, seed=args.seed,
+    write(open_run(args.workdir, args.overrides, text=False, checkpoint=args.checkpoint), prompts, args.tokens, options, seed=args.seed,
           stop=tuple(args.stop), stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty,
           as_json=args.json)
 
@@ -247,8 +287,8 @@ def template_options_of(args) -> dict:
     return options
 
 
-def start_alone(verb: str) -> None:
-    start_jax()
+def start_alone(verb: str, config=None) -> None:
+    start_jax(config)
     if distributed.num_processes() > 1:
         raise UserError(f"jaxlm {verb} runs in one process, on all devices that this one has; start it without a launcher")
 
