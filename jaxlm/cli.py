@@ -152,8 +152,8 @@ def add_eval(verb):
     add_model(verb)
     add_checkpoint(verb)
     verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --crossval: what to train")
-    verb.add_argument("--crossval", type=int, default=0, metavar="K", help="train K runs in --workdir, each with another part of the "
-                      "training split held out, and evaluate each on its part")
+    verb.add_argument("--crossval", type=int, default=0, metavar="K", help="train K runs in --workdir, each with another part "
+                      "of the training split held out, and evaluate each on its part")
     verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -196,7 +196,8 @@ def run_eval(args):
 def run_crossval(args):
     """`jaxlm eval --config=FILE --crossval=K --workdir=DIR`."""
     if not (args.config and args.crossval and args.workdir) or args.split != "valid":
-        raise UserError("--crossval=K: give --config=FILE and --workdir=DIR with it, and no --split; without it eval takes no --config")
+        raise UserError("--crossval=K: give --config=FILE and --workdir=DIR with it, and no --split; without it eval takes no "
+                        "--config")
     from jaxlm.config import load
     from jaxlm.evaluate.crossval import check_folds, cross_validate
 
@@ -267,9 +268,9 @@ def run_generate(args):
     from jaxlm.generate.write import write
     from jaxlm.train.restore import open_run
 
-    write(open_run(args.workdir, args.overrides, text=False, checkpoint=args.checkpoint), prompts, args.tokens, options, seed=args.seed,
-          stop=tuple(args.stop), stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty,
-          as_json=args.json)
+    run = open_run(args.workdir, args.overrides, text=False, checkpoint=args.checkpoint)
+    write(run, prompts, args.tokens, options, seed=args.seed, stop=tuple(args.stop), stop_tokens=tuple(args.stop_token),
+          beams=args.beams, length_penalty=args.length_penalty, as_json=args.json)
 
 
 def add_template_options(verb):

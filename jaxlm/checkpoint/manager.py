@@ -126,8 +126,8 @@ class Checkpoints:
         leaves = describe(state, fingerprints(state, self.frugal))
         self.frugal_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9  # it must be more than any leaf
         try:
-            self.manager.save(step, metrics=metrics and {"loss": float(metrics["loss"]), self.metric: float(metrics[self.metric])},
-                              args=ocp.args.Composite(
+            kept = metrics and {name: float(metrics[name]) for name in ("loss", self.metric)}
+            self.manager.save(step, metrics=kept, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, "leaves": leaves})))
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None

@@ -1,5 +1,5 @@
-"""How well a classifier does on a split, beyond its loss: accuracy, F1, AUC-ROC, calibration and confusion matrix, by scikit-learn,
-from the probabilities of each example."""
+"""How well a classifier does on a split, beyond its loss: accuracy, F1, AUC-ROC, calibration and confusion matrix, from the
+probabilities of each example, by scikit-learn."""
 
 import json
 import os
@@ -65,7 +65,8 @@ def scores(probabilities_NC, labels_N, classes) -> dict:
     except ImportError as error:
         raise UserError("classification: needs scikit-learn; pip install 'jaxlm[tasks]'") from error
     numbers, predicted_N = np.arange(len(classes)), probabilities_NC.argmax(1)
-    precision, recall, f1, counts = metrics.precision_recall_fscore_support(labels_N, predicted_N, labels=numbers, zero_division=0)
+    precision, recall, f1, counts = metrics.precision_recall_fscore_support(
+        labels_N, predicted_N, labels=numbers, zero_division=0)
     matrix, missing, per_class, curves = metrics.confusion_matrix(labels_N, predicted_N, labels=numbers), {}, {}, {}
     for i, name in enumerate(classes):
         area = None
@@ -122,7 +123,8 @@ def write(folder: str, name: str, text: str) -> None:
         with open(os.path.join(folder, name), "w") as out:
             out.write(text)
     except OSError as error:
-        raise UserError(f"--workdir={folder}: {name} cannot be written ({error.strerror}); free space, or make it writable") from error
+        raise UserError(f"--workdir={folder}: {name} cannot be written ({error.strerror}); free space, or make it "
+                        "writable") from error
 
 
 def table(result: dict) -> str:

@@ -1,5 +1,5 @@
-"""Stratified k-fold cross-validation: k runs, each with another part of the training split held out (data.folds, data.fold), and what
-they say of a config. The split data.test_path is not looked at."""
+"""Stratified k-fold cross-validation: k runs, each with another part of the training split held out (data.folds, data.fold), and
+what they say of a config. The split data.test_path is not looked at."""
 
 import json
 import math
@@ -53,11 +53,13 @@ def cross_validate(configs: list, workdir: str, train, checkpoint: str = "", as_
 
 
 def summarise(results: list[dict]) -> dict:
-    """results: of each fold. -> {"folds": [...], "summary": {number: {"mean", "deviation", "interval", "interval_uncorrected"}}}.
+    """results: of each fold. -> {"folds": [...], "summary": {number: {"mean", "deviation", "interval",
+    "interval_uncorrected"}}}.
 
-    Intervals are of 95 %, by Student's t with k - 1 degrees of freedom. Runs of different folds share most of their training text,
-    so that their deviation is too small for the mean's; "interval" has the variance corrected for that, s^2 (1/k + 1/(k-1)) (Nadeau
-    and Bengio 2003, "Inference for the Generalization Error", the ratio of test to training examples being 1/(k-1)).
+    Intervals are of 95 %, by Student's t with k - 1 degrees of freedom. Runs of different folds share most of their training
+    text, so that their deviation says too little of the mean's; "interval" has the variance corrected for that,
+    s^2 (1/k + 1/(k-1)) (Nadeau and Bengio 2003, "Inference for the Generalization Error"; 1/(k-1) is the ratio of test to
+    training examples).
     """
     from scipy import stats
 
@@ -77,8 +79,8 @@ def summarise(results: list[dict]) -> dict:
 
 
 def mean_curves(results: list[dict], points: int = 201) -> list[dict]:
-    """A ROC curve for each fold, of the second of two classes, or the mean over all; and last, the mean of these. The means are of
-    the true positive rates at equal false positive rates. A fold without all classes has none."""
+    """A ROC curve for each fold, of the second of two classes, or the mean over all; and last, the mean of these. The means are
+    of the true positive rates at equal false positive rates. A fold without all classes has none."""
     grid, curves = np.linspace(0, 1, points), []
     for of in results:
         if of["auc_roc"] is None:
@@ -97,7 +99,8 @@ def rows(summary: dict) -> list[tuple[str, ...]]:
     of = summary["summary"]
     line = lambda name, show: (name, "", *("n/a" if of[key] is None else show(of[key]) for key in NUMBERS))
     return [("fold", "examples", *NUMBERS.values()),
-            *((str(i), f"{fold['examples']:,}", *(number(fold[key]) for key in NUMBERS)) for i, fold in enumerate(summary["folds"])),
+            *((str(i), f"{fold['examples']:,}", *(number(fold[key]) for key in NUMBERS))
+              for i, fold in enumerate(summary["folds"])),
             line("mean", lambda one: number(one["mean"])), line("deviation", lambda one: number(one["deviation"])),
             line("95 % from", lambda one: number(one["interval"][0])), line("95 % to", lambda one: number(one["interval"][1]))]
 

@@ -8,8 +8,8 @@ from jaxlm.evaluate.classification import headline, number
 from jaxlm.observe.report import STYLE, tile
 
 SIZE, LEFT, TOP = 400, 56, 40  # of the square that curves are in, in pixels
-COLOURS = ("#2563eb", "#dc6803", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777", "#4d7c0f", "#7c3aed", "#475569",
-           "#b45309", "#0f766e")
+COLOURS = ("#2563eb", "#dc6803", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777", "#4d7c0f", "#7c3aed",
+           "#475569", "#b45309", "#0f766e")
 OWN_STYLE = """
 .charts{align-items:start;grid-template-columns:repeat(auto-fit,minmax(340px,1fr))}.charts>div:first-child{grid-column:auto}
 td,th{text-align:right}td:first-child,th:first-child{text-align:left}
@@ -52,8 +52,8 @@ def frame(title: str, across: str, up: str, body: str, bottom: int = 46) -> str:
         f'<line class="grid" x1="{x(0)}" x2="{x(1)}" y1="{y(t):.0f}" y2="{y(t):.0f}"/>'
         f'<text x="{x(t):.0f}" y="{y(0) + 16}" text-anchor="middle">{t:.1f}</text>'
         f'<text x="{x(0) - 6}" y="{y(t) + 4:.0f}" text-anchor="end">{t:.1f}</text>' for t in np.linspace(0, 1, 6))
-    return (f'<div><svg viewBox="0 0 {LEFT + SIZE + 16} {TOP + SIZE + bottom}"><text class="title" x="14" y="22">{title}</text>{ticks}'
-            f'<line class="diagonal" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>{body}'
+    return (f'<div><svg viewBox="0 0 {LEFT + SIZE + 16} {TOP + SIZE + bottom}"><text class="title" x="14" y="22">{title}</text>'
+            f'{ticks}<line class="diagonal" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>{body}'
             f'<text x="{x(0.5)}" y="{y(0) + 36}" text-anchor="middle">{across}</text>'
             f'<text transform="translate(16 {y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text></svg></div>')
 
@@ -75,7 +75,8 @@ def roc(curves, strong: str = "") -> str:
         colour, width = ("var(--fg)", 2.6) if label == strong else (COLOURS[i % len(COLOURS)], 1.5)
         at = y(0.04) - 17 * (len(curves) - 1 - i)
         parts.append(f'<path fill="none" stroke="{colour}" stroke-width="{width}" d="{path}"/>'
-                     f'<line x1="{x(0.52)}" x2="{x(0.57)}" y1="{at - 4:.0f}" y2="{at - 4:.0f}" stroke="{colour}" stroke-width="3"/>'
+                     f'<line x1="{x(0.52)}" x2="{x(0.57)}" y1="{at - 4:.0f}" y2="{at - 4:.0f}" stroke="{colour}" '
+                     f'stroke-width="3"/>'
                      f'<text x="{x(0.59)}" y="{at:.0f}">{html.escape(label)}</text>')
     return frame("ROC; area under the curve", "share of the others taken for it", "share of it that is found", "".join(parts))
 
@@ -111,8 +112,8 @@ def confusion(matrix, names) -> str:
             share = value / max(1, sum(row))
             parts.append(f'<rect x="{left + j * cell:.1f}" y="{top:.1f}" width="{cell - 2:.1f}" height="{cell - 2:.1f}" '
                          f'fill="var(--a)" fill-opacity="{0.06 + 0.84 * share:.3f}"/>'
-                         f'<text class="cell" style="fill:{"#fff" if share > 0.55 else "var(--fg)"}" x="{left + (j + 0.5) * cell:.1f}" '
-                         f'y="{top + cell / 2 + 4:.1f}" text-anchor="middle">{value:,}</text>')
+                         f'<text class="cell" style="fill:{"#fff" if share > 0.55 else "var(--fg)"}" '
+                         f'x="{left + (j + 0.5) * cell:.1f}" y="{top + cell / 2 + 4:.1f}" text-anchor="middle">{value:,}</text>')
     bottom = TOP + 20 + SIZE
     for j, name in enumerate(short):
         at = left + (j + 0.5) * cell
@@ -137,5 +138,6 @@ def crossval_page(title: str, summary: dict, curves: list[dict]) -> str:
                     for key, of in known.items())
     picture = roc(list(zip(names, curves, strict=True)), strong=names[-1]) if names else ""
     return page(title, f"{sum(fold['examples'] for fold in summary['folds']):,} examples, each held out once", f"""
-<div class="tiles">{tiles}</div><p class="dim">{html.escape(NOTE)}</p>{"".join(f"<p>{html.escape(m)}</p>" for m in missing(summary))}
+<div class="tiles">{tiles}</div><p class="dim">{html.escape(NOTE)}</p>
+{"".join(f"<p>{html.escape(line)}</p>" for line in missing(summary))}
 <div class="charts">{picture}<div>{rows_of(head, lines)}</div></div>""")

@@ -46,8 +46,8 @@ class StopSignal:
 
 
 class Patience:
-    """The best evaluation so far; and whether so many in a row since then that the run ends (early stopping; Prechelt 1998, "Early
-    Stopping - But When?"). A run that goes on finds what it knew in metrics.jsonl. Process 0 decides for all.
+    """The best evaluation so far; and whether there were so many in a row since then that the run ends (early stopping; Prechelt
+    1998, "Early Stopping - But When?"). A run that goes on finds what it knew in metrics.jsonl. Process 0 decides for all.
 
     patience: evaluations; 0: the run never ends for this.
     """
