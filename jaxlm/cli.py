@@ -168,7 +168,7 @@ def run_eval(args):
     start_jax()
 
     from jaxlm.data.feed import Feed
-    from jaxlm.evaluate.perplexity import evaluate
+    from jaxlm.evaluate.perplexity import evaluate_split
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
@@ -186,8 +186,9 @@ def run_eval(args):
                         if args.split == "valid" else "--split=test: there is none; set --config.data.test_path=FILE")
     eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
-    batches = split.evaluation_batches(rows=feed.rows)
-    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, split.num_bytes)}
+    lines = evaluate_split(eval_step, run.params, split, feed)
+    domains = {name: line for name, line in lines.items() if name != "all"}
+    result = {"step": run.step, **lines["all"], **({"sources": domains} if domains else {})}
     if distributed.is_main():
         print(json.dumps(result) if args.json else "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))

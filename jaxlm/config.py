@@ -159,10 +159,11 @@ def resolve(config: ConfigDict) -> None:
     config.eval.batch_size = config.eval.batch_size or config.batch_size
     config.checkpoint.keep_best |= config.eval.patience > 0
     d = config.data
-    d.source_len = d.source_len or config.seq_len
+    if m.family == "encoder_decoder":
+        d.source_len = d.source_len or config.seq_len
     if d.form != "text":  # examples stay whole, and do not see one another
         d.isolate_documents, d.packing = True, "best_fit" if d.packing == "concat" else d.packing
-        d.prompt = d.prompt or ("{%s}" % d.text_field if d.form == "label" else "{prompt}")
+        d.prompt = d.prompt or (f"{{{d.text_field}}}" if d.form == "label" else "{prompt}")
         d.target = d.target or "{target}"
     if config.objective.name == "classification":
         m.num_classes = m.num_classes or len(d.classes)
@@ -268,12 +269,14 @@ def validate(config: ConfigDict) -> None:
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += example_problems(c)
-    check(0 < c.data.valid_fraction < 1 or c.data.valid_path or c.data.valid_every, "data.valid_fraction: must be between 0 and 1")
+    check(0 < c.data.valid_fraction < 1 or c.data.valid_path or c.data.valid_every,
+          "data.valid_fraction: must be between 0 and 1")
     choices = {"model.block": ("serial", "parallel"), "model.norm_place": ("pre", "post", "both", "sum"),
                "model.qk_norm_over": ("head", "all"),
                "model.param_dtype": ("float32", "bfloat16"), "model.compute_dtype": ("float32", "bfloat16"),
                "optimizer.moment_dtype": ("float32", "bfloat16"), "optimizer.nonfinite": ("stop", "skip"),
-               "model.pooling": ("last", "first", "mean"), "data.source": ("files", "synthetic"), "data.document": ("file", "line"),
+               "model.pooling": ("last", "first", "mean"), "data.source": ("files", "synthetic"),
+               "data.document": ("file", "line"),
                "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
                "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),

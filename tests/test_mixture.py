@@ -1,6 +1,7 @@
 """Mixtures: exact shares, any row without those before it, one tokenizer."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -126,3 +127,24 @@ def test_mixtures_that_cannot_be(config, data, message):
     with pytest.raises(UserError, match=message) as error:
         build_data(mixed(config, **data))
     assert all("\n" not in problem for problem in error.value.problems)
+
+
+def test_each_source_has_its_own_loss_and_all_is_the_mean_over_tokens(config):
+    from jaxlm.evaluate.perplexity import evaluate, evaluate_split
+
+    write(config, "a.jsonl", jsonl(*(["aaaa bbbb"] * 40)))
+    write(config, "b.jsonl", jsonl(*(["cccccc"] * 70)))
+    config.data.mixture, config.data.tokenizer = (("a", "a.jsonl", 0.5), ("b", "b.jsonl", 0.5)), "byte"
+    data = build_data(config)
+    feed = types.SimpleNamespace(rows=None, put=lambda batch: batch)
+
+    def eval_step(params, batch):  # the loss of a token is its id
+        return {"nll": (batch["targets"] * batch["loss_mask"]).sum(), "weight": batch["loss_mask"].sum()}
+
+    lines = evaluate_split(eval_step, None, data.valid, feed)
+    whole = evaluate(eval_step, None, data.valid.evaluation_batches(), feed.put, data.valid.num_bytes)
+    assert list(lines) == ["all", "a", "b"]
+    assert lines["all"] == pytest.approx(whole)
+    assert lines["b"]["tokens"] + lines["a"]["tokens"] == lines["all"]["tokens"] and lines["a"]["loss"] < lines["b"]["loss"]
+    config.data.mixture, config.data.path = (), "a.jsonl"
+    assert list(evaluate_split(eval_step, None, build_data(config).valid, feed)) == ["all"]

@@ -9,7 +9,7 @@ import pytest
 from data_cases import shared
 
 from jaxlm.data.tokenizer_files import open_tokenizer
-from jaxlm.data.tokenizers import build_tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import TOKENIZERS, build_tokenizer, load_tokenizer
 from jaxlm.errors import UserError
 
 TEXT = "Ein Bär – 熊 🐻\n\tdone.  two spaces\r\n"
@@ -135,3 +135,23 @@ def test_a_name_that_is_none_gets_the_nearest(config):
     config.data.tokenizer = "sentencepiece"
     with pytest.raises(UserError, match="give the path of its file"):
         build_tokenizer(config, [])
+
+
+def test_words_are_those_between_blanks_with_an_end_of_line(config):
+    text = " = Title = \n\n the cat sat \n the cat\n"
+    config.data.tokenizer = "word"
+    tokenizer = TOKENIZERS["word"].train(config, [text])
+    again = load_tokenizer(tokenizer.to_json())
+    words = [again.words[i] for i in again.encode(text)]
+    assert words == ["=", "Title", "=", "<eos>", "<eos>", "the", "cat", "sat", "<eos>", "the", "cat", "<eos>"]
+    assert again.decode(again.encode(text)) == "= Title =\n\nthe cat sat\nthe cat\n"
+    assert again.encode("the cat").tolist() == again.encode("the cat\n").tolist()[:-1] and len(again.encode("")) == 0
+    with pytest.raises(UserError, match="word 'dog' is not"):
+        again.encode("the dog")
+
+
+def test_words_of_wikitext_2_are_as_many_as_published(config):
+    tokenizer = TOKENIZERS["word"].train(config, [shared("wikitext-2", f"{split}.txt").read_text()
+                                                  for split in ("train", "valid", "test")])
+    assert tokenizer.vocab_size == 33278
+    assert len(tokenizer.encode(shared("wikitext-2", "test.txt").read_text())) == 245569

@@ -6,7 +6,8 @@ from configs import default
 def get_config(arg: str = ""):
     c = default.get_config(arg)
     c.steps, c.batch_size, c.seq_len = 3000, 16, 128
-    c.data.path, c.data.valid_path, c.data.test_path = "multi30k-en-de/train", "multi30k-en-de/val", "multi30k-en-de/test_2016_flickr"
+    c.data.path, c.data.valid_path = "multi30k-en-de/train", "multi30k-en-de/val"
+    c.data.test_path = "multi30k-en-de/test_2016_flickr"
     c.data.root = "../shared/data"
     c.data.form, c.data.parallel, c.data.prompt, c.data.target = "pair", ("de", "en"), "{de}", "{en}"
     c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 8192

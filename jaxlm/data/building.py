@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.formats import UNREADABLE, Broken, Extent, format_of
 from jaxlm.data.examples import build_form
+from jaxlm.data.formats import UNREADABLE, Broken, Extent, format_of
 from jaxlm.data.sources import Skipped, reading, told
 from jaxlm.data.store import state_of
 from jaxlm.data.tokenizers import build_tokenizer, closed, learns, load_tokenizer
@@ -128,7 +128,7 @@ def make_from_text(config, store, work, sources, workers) -> None:
     if "valid" not in ranges:
         ranges |= cut_splits(config, ranges["train"], form.group)
     splits = {split: write_starts(store / f"{split}-starts.npy", of, shards, work) for split, of in ranges.items()}
-    if not sum(split["tokens"] for split in splits.values()):
+    if not sum(split["tokens" if form.marks else "bytes"] for split in splits.values()):
         raise UserError(f"data.path={config.data.path}: holds no text; give a file with text")
     write_manifest(config, store, sources, shards, splits, tokenizer)
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from jaxlm.data.chat import encode_chat, open_chat_template
+from jaxlm.data.chat import open_chat_template
 from jaxlm.data.formats import Extent
 from jaxlm.data.sources import Skipped, Unfit, read_items, read_texts
 from jaxlm.errors import UserError
@@ -77,8 +77,8 @@ class Example:
 
     def encode(self, items) -> Iterator[tuple]:
         """-> (ids, marks, bytes of text to be told) of each document."""
-        texts, skip = self.tokenizer.encode_batch([text for item in items for text in self.texts(item)]), len(self.tokenizer.first)
-        texts = iter(texts)
+        texts = iter(self.tokenizer.encode_batch([text for item in items for text in self.texts(item)]))
+        skip = len(self.tokenizer.first)
         for document in (document for item in items for document in item):
             ids, marks, size = [], bytearray(), 0
             for place, (part, told) in enumerate(document):
@@ -177,7 +177,7 @@ class Chat(Example):
     def end(self) -> str | None:
         """The name of the end token, where the tokenizer would read it letter by letter (`chat.encode_chat`)."""
         end = self.tokenizer.eos_token
-        return None if end is None or len(encode_chat(self.tokenizer, end)) == 1 else end
+        return None if end is None or len(self.tokenizer.encode(end)) == len(self.tokenizer.first) + 1 else end
 
     def split(self, text: str, told: bool) -> list:
         first, *rest = text.split(self.end) if self.end else [text]
@@ -204,7 +204,8 @@ class Preference(Chat):
             else:
                 messages, tools = conversation(before, open_=True)
                 answer = answer if isinstance(answer, list) else [answer]
-                messages = messages + [message_of(a if isinstance(a, dict) else {"role": "assistant", "content": a}) for a in answer]
+                answer = [a if isinstance(a, dict) else {"role": "assistant", "content": a} for a in answer]
+                messages = messages + [message_of(turn) for turn in answer]
             out.append(self.parts(messages, tools, only_last=True))
         return out
 
@@ -245,7 +246,8 @@ def conversation(record: dict, open_: bool = False) -> tuple[list[dict], list | 
     if not open_:
         if answer is None:
             raise Unfit(f"no answer in {' or '.join(answers)} (it has: {', '.join(record)})")
-        turns += [("assistant", answer)] if isinstance(answer, str) else [(m["role"], m["content"]) for m in map(message_of, answer)]
+        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        turns += [(m["role"], m["content"]) for m in map(message_of, answer)]
     return first + [{"role": role, "content": content} for role, content in turns], tools
 
 

@@ -1,5 +1,6 @@
 """What a run saw at a step, by the very code that made its batch; and what a token store holds."""
 
+import functools
 import json
 import pathlib
 
@@ -36,8 +37,9 @@ def inspect(workdir: str, config_file: str, step: int, rows: int, overrides=()) 
     count = min(rows or config.batch_size, config.batch_size)
     batches, first = data.train, (step - 1) * config.batch_size
     batch = batches.batch(step - 1, range(count))
+    read = pieces if config.data.form == "text" else functools.partial(example_pieces, classes=config.data.classes)
     shown = [{"row": row, **batches.where(first + row), **{name: a[row].tolist() for name, a in batch.items()},
-              "pieces": pieces({name: a[row] for name, a in batch.items()}, data.tokenizer)} for row in range(count)]
+              "pieces": read({name: a[row] for name, a in batch.items()}, data.tokenizer)} for row in range(count)]
     return {"step": step, "epoch": shown[0]["epoch"], "batch_size": config.batch_size, "rows": shown}
 
 
@@ -58,6 +60,22 @@ def pieces(row: dict[str, np.ndarray], tokenizer) -> list[dict]:
             out.append({"kind": "border", "text": ""})
         run.append(token)
     return [*out, {"kind": kinds[-1], "text": tokenizer.decode(run, special=True)}]
+
+
+def example_pieces(row: dict[str, np.ndarray], tokenizer, classes=()) -> list[dict]:
+    """The same of a row of `packing.ExampleRows`. An encoder's text comes before what is told of it."""
+    out, segments, decode = [], row["segment_ids"], lambda ids: tokenizer.decode(ids.tolist(), special=True)
+    for segment in range(1, int(segments.max(initial=0)) + 1):
+        out += [{"kind": "border", "text": ""}] if out else []
+        if "source_tokens" in row:
+            out.append({"kind": "masked", "text": decode(row["source_tokens"][row["source_segment_ids"] == segment])})
+        at = segments == segment
+        ids, told = np.append(row["tokens"][at][:1], row["targets"][at]), np.append(False, row["loss_mask"][at] > 0)
+        borders = [0, *(np.flatnonzero(np.diff(told)) + 1).tolist(), len(ids)]
+        for first, end in zip(borders[:-1], borders[1:], strict=True):
+            text = classes[ids[first]] if classes and told[first] else decode(ids[first:end])
+            out.append({"kind": "target" if told[first] else "masked", "text": text})
+    return out + [{"kind": "padding", "text": ""}] * bool((segments == 0).any())
 
 
 def as_text(seen: dict) -> str:

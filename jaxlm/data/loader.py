@@ -21,12 +21,12 @@ from jaxlm.errors import UserError
 
 class Data(NamedTuple):
     train: Any  # Batches; None without text
-    valid: Any  # Batches, or None for synthetic data
+    valid: Any  # HeldOut, or None for synthetic data
     tokenizer: Any
     vocab_size: int  # of the model: the tokenizer's, rounded up, or as the config says
     fingerprint: str | None  # of the text and what makes tokens of it
     about: tuple[str, ...] = ()  # lines for the start of the log
-    test: Any = None  # Batches, where there is data.test_path
+    test: Any = None  # HeldOut, where there is data.test_path
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -56,8 +56,7 @@ def build_data(config, text: bool = True) -> Data:
     train, valid, test = rows["train"], rows["valid"], rows["test"]
     about = tuple(f"{name}: {line}" if name else line for name, of in train.items() for line in of.about())
     folders = [of["train"].folder.name for of in stores.values()]
-    held_out = [Batches(config, of[""] if "" in of else MixedRows(list(of.values())), config.eval.batch_size) if of else None
-                for of in (valid, test)]
+    held_out = [HeldOut(config, of) if of else None for of in (valid, test)]
     if not config.data.mixture:
         return Data(Batches(config, train[""], config.batch_size), held_out[0], tokenizer, vocab_size, folders[0], about,
                     held_out[1])
@@ -196,6 +195,16 @@ class Batches:
         finally:
             closed.set()
             thread.join()
+
+
+class HeldOut(Batches):
+    """Of one split, to evaluate on. rows: {source: its rows}; without a mixture the source is "".
+
+    parts: {source: Batches}."""
+
+    def __init__(self, config, rows: dict):
+        super().__init__(config, rows[""] if "" in rows else MixedRows(list(rows.values())), config.eval.batch_size)
+        self.parts = {name: Batches(config, of, config.eval.batch_size) for name, of in rows.items()}
 
 
 class MixedBatches(Batches):

@@ -149,8 +149,8 @@ class ExampleRows:
         self.examples = wanted[usable[wanted]]
         self.num_left_out = len(wanted) - len(self.examples)
         if not len(self.examples):
-            raise UserError(f"data.form={form.__name__.lower()}: no example of the {store.split} split has anything to be told; check "
-                            "data.prompt and data.target, or raise seq_len")
+            raise UserError(f"data.form={form.__name__.lower()}: no example of the {store.split} split has anything to be told; "
+                            "check data.prompt and data.target, or raise seq_len")
         needs = needs[self.examples]
         self.order, self.ends = best_fit(needs, seq_len) if packing == "best_fit" else (
             np.arange(len(needs)), np.arange(1, len(needs) + 1))
@@ -193,8 +193,9 @@ class ExampleRows:
         if self.source or stop - start <= room:
             return ids, marks
         if self.form.cut_prompt:  # what is to be told comes last
-            told = min(stop - start - int(np.argmax(marks)), room - 1)
-            kept = np.r_[0 : room - told, stop - start - told : stop - start]
+            first = int(np.argmax(marks))
+            told = min(stop - start - first, room - 1)
+            kept = np.r_[0 : room - told, first : first + told]
             return ids[kept], marks[kept]
         return ids[:room], marks[:room]
 

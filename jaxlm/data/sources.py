@@ -61,7 +61,8 @@ def find_files(config, paths: str, key: str) -> list[str]:
             continue
         part = part if "://" in part else os.path.join(config.data.root, part)
         find = find_remote if "://" in part else find_local
-        found = {file: size for ending in (*config.data.parallel, "") for file, size in find(part + "." * bool(ending) + ending).items()}
+        endings = [*(f".{ending}" for ending in config.data.parallel), ""]
+        found = {file: size for ending in endings for file, size in find(part + ending).items()}
         if not found:
             problems.append(f"{key}={part}: no such file; give a text, jsonl or other file (relative to data.root)")
         found |= {index: os.path.getsize(index) for file in found if file.endswith(".bin") and "://" not in file

@@ -71,7 +71,8 @@ class TokenStore:
 
 
 def open_store(config):
-    """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer), with "test" where there is data.test_path. Builds the store where it does not exist yet."""
+    """-> ({"train": TokenStore, "valid": TokenStore}, tokenizer), with "test" where there is data.test_path. Builds the store
+    where it does not exist yet."""
     folder, sources = locate_store(config)
     workers = config.data.workers or len(os.sched_getaffinity(0))
     with main_first("token store"):
@@ -114,7 +115,7 @@ def store_root(config) -> pathlib.Path:
 
 
 def locate_store(config) -> tuple[pathlib.Path, dict[str, dict[str, dict]]]:
-    """-> its folder, {"train", "valid" or "test": {file: {"sha256", "bytes", "state"}}}. The folder's name is a fingerprint of the
+    """-> its folder, {"train", "valid" or "test": {file: {"sha256", "bytes", "state"}}}. Its name is a fingerprint of the
     files' contents and every setting that changes the tokens."""
     d = config.data
     splits = {"train": find_files(config, d.path, "data.path")}

@@ -104,8 +104,8 @@ class ByteTokenizer(Tokenizer):
 
 @TOKENIZERS.register("char")
 class CharTokenizer(Tokenizer):
-    """The characters that occur in the text, in code-point order. Of text: no end token (a single document has none). Of examples:
-    U+0003, "end of text"."""
+    """The characters that occur in the text, in code-point order. Of text: no end token (one document has none); of
+    examples: U+0003, "end of text"."""
 
     kind, learns, closed = "char", True, True
 

@@ -28,7 +28,7 @@ def evaluate_classes(run, split_name: str) -> dict:
 
 def class_probabilities(run, split) -> tuple[np.ndarray, np.ndarray]:
     """-> (probabilities_NC float64, labels_N) of every example of a split of a `restore.Run`, in the order of the text; of a
-    mixture, in the order of its rows. All processes call it alike, and have all of them."""
+    mixture, one source after the other. All processes call it alike, and have all of them."""
     config, pool = run.config, POOLINGS[run.config.model.pooling]
 
     def classify(params, batch):
@@ -38,12 +38,12 @@ def class_probabilities(run, split) -> tuple[np.ndarray, np.ndarray]:
         return logits_BTC, batch["targets"], batch["loss_mask"]
 
     classify = jit(run.mesh, classify, out_shardings=replicated(run.mesh))
-    feed = Feed(batch_sharding(run.mesh), (split.batch_size, config.seq_len))
-    found = [jax.device_get(classify(run.params, feed.put(batch))) for batch in split.evaluation_batches(rows=feed.rows)]
-    logits_NC, labels_N = (np.concatenate([out[i][out[2] > 0] for out in found]) for i in range(2))
-    if hasattr(split.rows, "order"):  # rows are examples put together by their length: back to the order that they were read in
-        back_N = np.argsort(split.rows.order)
-        logits_NC, labels_N = logits_NC[back_N], labels_N[back_N]
+    feed, parts = Feed(batch_sharding(run.mesh), (split.batch_size, config.seq_len)), []
+    for part in split.parts.values():
+        found = [jax.device_get(classify(run.params, feed.put(batch))) for batch in part.evaluation_batches(rows=feed.rows)]
+        back_N = np.argsort(part.rows.order)  # rows are examples put together by their length
+        parts.append([np.concatenate([out[i][out[2] > 0] for out in found])[back_N] for i in range(2)])
+    logits_NC, labels_N = (np.concatenate(column) for column in zip(*parts, strict=True))
     logits_NC = logits_NC.astype(np.float64)
     odds_NC = np.exp(logits_NC - logits_NC.max(1, keepdims=True))
     return odds_NC / odds_NC.sum(1, keepdims=True), labels_N

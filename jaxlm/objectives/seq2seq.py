@@ -1,4 +1,4 @@
-"""A text about another: the decoder's next token, given the text that the encoder has read (Sutskever et al., arXiv:1409.3215)."""
+"""A text about another: the decoder's next token, given what the encoder has read (Sutskever et al., arXiv:1409.3215)."""
 
 import jax.numpy as jnp
 
@@ -9,8 +9,8 @@ from jaxlm.objectives.objective import OBJECTIVES
 
 @OBJECTIVES.register("seq2seq")
 def seq2seq(config):
-    """Cross-entropy of the decoder's tokens, in nats; aux["nll"] leaves out what `next_token` leaves out. Segment k of a row looks
-    at segment k of its source."""
+    """Cross-entropy of the decoder's tokens, in nats; aux["nll"] leaves out what that of `next_token` does. Segment k of
+    a row looks at segment k of its source."""
     o, method, router_loss = config.objective, config.kernels.loss, build_router_loss(config)
     z_loss, smoothing = o.z_loss, o.label_smoothing
 

@@ -32,7 +32,7 @@ def write_report(workdir: str) -> str:
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     lines, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
     train = [x for x in lines if x["split"] == "train"]
-    valid = [x for x in lines if x["split"].startswith("valid/")]
+    valid = [x for x in lines if x["split"] == "valid/all"]
     page = folder / "report.html"
     temporary = folder / "report.html.tmp"
     temporary.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">

@@ -15,7 +15,7 @@ from jaxlm.config import Tracked, fingerprint, steps_of
 from jaxlm.data.feed import Feed, put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
-from jaxlm.evaluate.perplexity import evaluate
+from jaxlm.evaluate.perplexity import evaluate_split
 from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
@@ -144,13 +144,13 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     def run_evaluation(step):
         nonlocal generator
         if data.valid is not None:
-            batches = data.valid.evaluation_batches(eval_batches, eval_feed.rows)
-            share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
-            line = evaluate(eval_step, averaged(), batches, eval_feed.put, share * data.valid.num_bytes)
-            totals["valid"], totals["improved"] = line, patience.saw({"step": step, **line})
-            line = {"split": "valid/all", "step": step, **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
-            writers.write(line)
-            progress.evaluation(line)
+            lines = evaluate_split(eval_step, averaged(), data.valid, eval_feed, eval_batches)
+            totals["valid"], totals["improved"] = lines["all"], patience.saw({"step": step, **lines["all"]})
+            for name, line in lines.items():
+                line = {"split": f"valid/{name}", "step": step,
+                        **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
+                writers.write(line)
+                progress.evaluation(line)
         if sample_tokens:
             from jaxlm.generate.decoding import Generator, Request
             from jaxlm.generate.sampling import Sampling
