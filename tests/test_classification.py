@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classified")
     write_rows(folder / "train.tsv", 64)
     write_rows(folder / "valid.tsv", 21, seed=1)
-    config = classified(folder, optimizer__learning_rate=0.03, steps=24, eval__every_steps=4, eval__patience=3,
+    config = classified(folder, optimizer__learning_rate=0.03, steps=60, eval__every_steps=2, eval__patience=3,
                         eval__metric="accuracy", model__token_dropout=0.1)
     summary = train(config, str(folder / "run"))
     return folder, config, summary
@@ -85,7 +85,7 @@ def test_early_stopping_keeps_the_best_and_the_same_command_changes_nothing(run)
     lines = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
     accuracies = {x["step"]: x["accuracy"] for x in lines if x["split"] == "valid/all"}
     best = max(accuracies, key=accuracies.get)  # the first
-    assert summary["status"] == "completed" and summary["stopped_early"] and summary["steps"] == best + 3 * 4 < 24
+    assert summary["status"] == "completed" and summary["stopped_early"] and summary["steps"] == best + 3 * 2 < 60
     assert summary["best"] == {"step": best, "accuracy": accuracies[best]} and accuracies[best] > 0.9
     assert open_run(str(folder / "run")).step == best
     assert open_run(str(folder / "run"), checkpoint="latest").step == summary["steps"]
