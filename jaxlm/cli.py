@@ -144,8 +144,17 @@ def run_train(args):
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
 
 
+def add_checkpoint(verb):
+    verb.add_argument("--checkpoint", default="", metavar="WHICH", help="of the run: best (by eval.metric), latest, or a step; "
+                      "default: best where the run keeps it (checkpoint.keep_best, eval.patience), else latest")
+
+
 def add_eval(verb):
     add_model(verb)
+    add_checkpoint(verb)
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --crossval: what to train")
+    verb.add_argument("--crossval", type=int, default=0, metavar="K", help="train K runs in --workdir, each with another part "
+                      "of the training split held out, and evaluate each on its part")
     verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
     verb.add_argument("--tasks", default="", metavar="KIND:FILE,...", help="ask the questions of these files instead: hellaswag, "
                       "arc, piqa, multiple_choice, lambada, gsm8k, or text for a domain's loss; NAME=KIND:FILE gives it a name")
@@ -157,10 +166,13 @@ def add_eval(verb):
 def run_eval(args):
     """What a run's newest checkpoint, or Hugging Face weights, make of the validation split (loss, perplexity, bits per byte) and
     of the config's eval.tasks; or of --tasks and --lm_eval. With data.form=pair and eval.text_metrics it also answers each
-    prompt, and scores that: DIR/predictions-<split>.jsonl.
+    prompt, and scores that: DIR/predictions-<split>.jsonl. Of a classifier: accuracy, F1, AUC-ROC, calibration, confusion matrix,
+    with a page of pictures beside the run.
 
     Any config key can be set: --config.eval.task_limit=100, --config.seq_len=1024
     """
+    if args.crossval or args.config:
+        return run_crossval(args)
     from jaxlm.evaluate.tasks import parse_tasks
 
     asked, names = parse_tasks(args.tasks), tuple(filter(None, args.lm_eval.split(",")))
@@ -174,7 +186,11 @@ def run_eval(args):
     from jaxlm.evaluate.suite import build_suite, table
     from jaxlm.train.restore import open_run
 
-    run = open_run(args.workdir, args.overrides, text=not only_tasks)
+    run = open_run(args.workdir, args.overrides, text=not only_tasks, checkpoint=args.checkpoint)
+    if run.config.objective.name == "classification":
+        from jaxlm.evaluate.classification import report_classes
+
+        return report_classes(run, args.split, args.workdir, args.json)
     suite = build_suite(run.config, run.model, run.data.tokenizer, run.mesh)
     result = {"step": run.step}
     if not only_tasks:
@@ -212,6 +228,28 @@ def of_split(args, run) -> dict:
     return {**lines["all"], **({"sources": sources} if sources else {}), **evaluate_examples(run, args.split, args.workdir)}
 
 
+def run_crossval(args):
+    """`jaxlm eval --config=FILE --crossval=K --workdir=DIR`."""
+    if not (args.config and args.crossval and args.workdir) or args.split != "valid":
+        raise UserError("--crossval=K: give --config=FILE and --workdir=DIR with it, and no --split; without it eval takes no "
+                        "--config")
+    from jaxlm.config import load
+    from jaxlm.evaluate.crossval import check_folds, cross_validate
+
+    check_folds(load(args.config, args.overrides), args.crossval)
+    folds = [f"--config.data.folds={args.crossval}", *(["--config.observe.progress=none"] if args.json else [])]
+    configs = [load(args.config, [*args.overrides, *folds, f"--config.data.fold={i}"]) for i in range(args.crossval)]
+    start_alone("eval --crossval", configs[0])
+    from jaxlm.observe.watchdog import Watchdog
+    from jaxlm.train.loop import train
+
+    def train_fold(config, workdir):
+        with Watchdog(config.observe.hang_seconds, on_hang=lambda message: distributed.leave(1, [message])) as watchdog:
+            train(config, workdir, overrides=[*args.overrides, *folds], alive=watchdog.beat)
+
+    cross_validate(configs, args.workdir, train_fold, args.checkpoint, args.json)
+
+
 def add_sampling(verb):
     verb.add_argument("--tokens", type=int, default=500, help="tokens to write, at most (default %(default)s)")
     verb.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
@@ -239,6 +277,7 @@ def sampling_of(args, problems: list[str], least_one=("tokens",)):
 
 def add_generate(verb):
     add_model(verb)
+    add_checkpoint(verb)
     verb.add_argument("--prompt", default="\n", help="text to go on from, or to answer: to translate, say (default: a new line)")
     verb.add_argument("--prompts", default="", metavar="FILE", help="a file with a prompt in each line, instead of --prompt")
     add_sampling(verb)
@@ -250,7 +289,7 @@ def add_generate(verb):
 
 
 def run_generate(args):
-    """Write text with a run's newest checkpoint, or with Hugging Face weights."""
+    """Write text with a run, or with Hugging Face weights."""
     prompts, problems = [args.prompt], []
     if args.prompts:
         try:
@@ -264,9 +303,9 @@ def run_generate(args):
     from jaxlm.generate.write import write
     from jaxlm.train.restore import open_run
 
-    write(open_run(args.workdir, args.overrides, text=False), prompts, args.tokens, options, seed=args.seed,
-          stop=tuple(args.stop), stop_tokens=tuple(args.stop_token), beams=args.beams, length_penalty=args.length_penalty,
-          as_json=args.json)
+    run = open_run(args.workdir, args.overrides, text=False, checkpoint=args.checkpoint)
+    write(run, prompts, args.tokens, options, seed=args.seed, stop=tuple(args.stop), stop_tokens=tuple(args.stop_token),
+          beams=args.beams, length_penalty=args.length_penalty, as_json=args.json)
 
 
 def add_template_options(verb):
@@ -284,8 +323,8 @@ def template_options_of(args) -> dict:
     return options
 
 
-def start_alone(verb: str) -> None:
-    start_jax()
+def start_alone(verb: str, config=None) -> None:
+    start_jax(config)
     if distributed.num_processes() > 1:
         raise UserError(f"jaxlm {verb} runs in one process, on all devices that this one has; start it without a launcher")
 

@@ -167,6 +167,7 @@ def resolve(config: ConfigDict) -> None:
     m.mlp_dim = m.mlp_dim or 4 * m.embed_dim
     m.router_choice_bias |= m.feedforward == "moe" and m.bias_update_rate > 0
     config.eval.batch_size = config.eval.batch_size or config.batch_size
+    config.checkpoint.keep_best |= config.eval.patience > 0
     d = config.data
     if m.family == "encoder_decoder":
         d.source_len = d.source_len or config.seq_len
@@ -264,12 +265,18 @@ def validate(config: ConfigDict) -> None:
     check(m.lora_rank >= 0, f"model.lora_rank={m.lora_rank}: must not be negative; 0 is none")
     check(not (m.from_scratch or m.adapter) or m.from_pretrained,
           "model.from_scratch and model.adapter: are for model.from_pretrained; set it, or remove them")
-    check(0 <= m.dropout < 1, f"model.dropout={m.dropout}: must be in [0, 1)")
+    for key in ("dropout", "token_dropout"):
+        check(0 <= m[key] < 1, f"model.{key}={m[key]}: must be in [0, 1)")
     check(0 <= c.optimizer.ema_decay < 1, f"optimizer.ema_decay={c.optimizer.ema_decay}: must be in [0, 1)")
     check(0 <= c.objective.label_smoothing < 1, "objective.label_smoothing: must be in [0, 1)")
     check(c.data.workers >= 0, f"data.workers={c.data.workers}: must not be negative; 0 is as many as cores")
     check(0 <= c.eval.stride <= c.seq_len, f"eval.stride={c.eval.stride}: must be from 1 to seq_len={c.seq_len}, or 0 (off)")
     check(c.eval.task_limit >= 0, f"eval.task_limit={c.eval.task_limit}: must not be negative; 0 is all questions")
+    check(c.eval.patience >= 0, f"eval.patience={c.eval.patience}: must not be negative; 0 is off")
+    check(not c.eval.patience or c.data.source != "synthetic" and c.eval.every_steps not in (0, "0%"),
+          f"eval.patience={c.eval.patience}: needs text to evaluate on, and eval.every_steps above 0")
+    check(c.eval.metric != "accuracy" or c.objective.name not in ("next_token", "seq2seq"),
+          f"eval.metric='accuracy': objective.name={c.objective.name} tells none; use loss")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += import_parts(c.imports) + example_problems(c)
@@ -284,7 +291,7 @@ def validate(config: ConfigDict) -> None:
                "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
                "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
-               "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
+               "eval.metric": ("loss", "perplexity", "bits_per_byte", "accuracy"), "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
                "kernels.context": ("ring", "all_gather"),
                "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),

@@ -33,16 +33,17 @@ class Checkpoints:
 
     Args:
         keep: newest checkpoints kept; keep_every: also keep each multiple of it (0: none); keep_best: also the one with
-            the lowest metrics["loss"].
+            the best metrics[metric], by `is_better`.
         frugal: of host memory. Saving takes little beside the state, but keeps it until it is written; reading takes one leaf
             after the other. Nothing is compressed: of weights that saves a few percent and takes most of the time.
         create: make the directory and own it; False to read a run that may still be training: nothing is moved or removed.
     """
 
     def __init__(self, directory: str, keep: int, keep_every: int, keep_best: bool, create: bool = True,
-                 frugal: bool = False):
+                 frugal: bool = False, metric: str = "loss"):
         self.directory = pathlib.Path(os.path.abspath(directory)) if "://" not in directory else directory
         self.keep, self.keep_every, self.keep_best, self.create, self.frugal = keep, keep_every, keep_best, create, frugal
+        self.metric = metric
         if create:
             share(self._make, "checkpoint directory")
         self._manager = None
@@ -67,12 +68,12 @@ class Checkpoints:
                 policies.append(policy.EveryNSteps(self.keep_every))
             if self.keep_best:
                 # A checkpoint without an evaluation cannot be the best: it is left to the other rules.
-                policies.append(policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1,
+                policies.append(policy.BestN(get_metric_fn=self._cost, reverse=True, n=1,
                                              keep_checkpoints_without_metrics=False))
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(policies), create=False,
                 cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
-                best_fn=(lambda m: m["loss"]) if self.keep_best else None,  # Orbax stores metrics only where this is set
+                best_fn=self._cost if self.keep_best else None,  # Orbax stores metrics only where this is set
                 best_mode="min", enable_async_checkpointing=True)
             handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb, use_ocdbt=False,
                                                                 save_device_host_concurrent_gb=self.frugal_gb,
@@ -93,6 +94,20 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
+    def best(self) -> int | None:
+        """The step with the best metric; the first of several. None where no evaluation was kept with a checkpoint."""
+        return share(self._best, "best checkpoint")
+
+    def _best(self):
+        files = {step: pathlib.Path(self.directory) / str(step) / "metrics" / "metrics" for step in self._steps()}
+        costs = {step: self._cost(json.loads(file.read_text())) for step, file in files.items() if file.is_file()}
+        return min(costs, key=costs.get, default=None)
+
+    def _cost(self, metrics: dict) -> float:
+        """Less is better; a checkpoint of a time when another metric was kept is never the best."""
+        value = metrics[self.metric] if self.metric in metrics else math.inf
+        return -value if higher_is_better(self.metric) else value
+
     def require_room(self, abstract_state) -> None:
         """Raises UserError where the disk cannot take one checkpoint of the state: the newest one is kept until the next is
         whole. Compression saves little on trained parameters."""
@@ -111,7 +126,8 @@ class Checkpoints:
         leaves = describe(state, fingerprints(state, self.frugal))
         self.frugal_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9  # it must be more than any leaf
         try:
-            self.manager.save(step, metrics=metrics and {"loss": float(metrics["loss"])}, args=ocp.args.Composite(
+            kept = metrics and {name: float(metrics[name]) for name in ("loss", self.metric)}
+            self.manager.save(step, metrics=kept, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, "leaves": leaves})))
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
@@ -149,14 +165,15 @@ class Checkpoints:
             raise UserError(f"{self.directory}: no checkpoint there yet; train first")
         return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())["leaves"]
 
-    def restore_params(self, abstract_params, name: str = "params"):
-        """Only the subtree `name` (params or ema) of the newest whole checkpoint."""
+    def restore_params(self, abstract_params, name: str = "params", step: int | None = None):
+        """Only the subtree `name` (params or ema) of checkpoint `step`, or, where it is None, of the newest whole one."""
         read = lambda step, leaves: self._read(step, leaves, {name: abstract_params}, partial=True)
-        return self._newest_whole(read)[1][name]
+        return self._newest_whole(read, None if step is None else [step])[1][name]
 
-    def _newest_whole(self, read):
+    def _newest_whole(self, read, steps: list[int] | None = None):
+        """steps: those that will do, ascending; None: all."""
         damaged = []  # (step, reason); moved only once an older one is known to be whole
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps() if steps is None else steps):
             tree, leaves, reason = None, None, None
             try:
                 meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
@@ -249,6 +266,11 @@ def differing(tree, leaves, frugal: bool = False) -> str | None:
         if value["fingerprint"] != leaves[name]["fingerprint"]:
             return f"the numbers of {name} are not those that were saved"
     return None
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of an evaluation's numbers."""
+    return metric in ("accuracy",)
 
 
 def is_exhausted(error: BaseException) -> bool:

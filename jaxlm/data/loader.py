@@ -76,20 +76,30 @@ def rows_of(config, stores, split: str, tokenizer):
 
 def deal(store, folds: int) -> np.ndarray:
     """Which fold each example is in, each of what they end with (of labelled text, each class) about evenly in all of them."""
-    last = np.array([store.tokens(end - 1, end)[0] for end in (*store.document_starts[1:].tolist(), store.num_tokens)])
-    fold, rng = np.empty(len(last), np.int64), np.random.default_rng(0)
+    last, rng = last_tokens(store), np.random.default_rng(0)
+    fold = np.empty(len(last), np.int64)
     for value in np.unique(last):
         of = rng.permutation(np.flatnonzero(last == value))
         fold[of] = np.arange(len(of)) % folds
     return fold
 
 
+def last_tokens(store) -> np.ndarray:
+    """What each document ends with; of labelled text, its class."""
+    return np.array([store.tokens(end - 1, end)[0] for end in (*store.document_starts[1:].tolist(), store.num_tokens)])
+
+
 def row_problems(config, stores, name: str) -> list[str]:
     """Splits too short for a row. name: of the source, in a mixture."""
     source = f" of source {name!r}" if name else ""
     problems, tokens = [], stores["train"].num_tokens
+    if config.data.form == "label" and (folds := config.data.folds):
+        counts = np.bincount(last_tokens(stores["train"]), minlength=len(config.data.classes))
+        problems += [f"data.folds={folds}: class {name!r} has {count} training examples{source}, fewer than folds; use "
+                     + (f"at most {count}" if count > 1 else "more text of it, or leave the class out")
+                     for name, count in zip(config.data.classes, counts.tolist(), strict=True) if count < folds]
     if config.data.form != "text":
-        return [] if stores["valid"].num_tokens or config.data.folds else [
+        return problems if stores["valid"].num_tokens or config.data.folds else [*problems,
             f"data.valid_fraction: the validation split{source} is empty; raise it, or set data.valid_path"]
     least = (1 + config.data.jitter) * config.seq_len + 1 if config.data.packing == "concat" else 2
     if tokens < least:

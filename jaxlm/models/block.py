@@ -140,3 +140,11 @@ def drop(x_BTD, rate: float, keys_BT):
         return x_BTD
     kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[2:])))(keys_BT)
     return jnp.where(kept, x_BTD / (1 - rate), 0)
+
+
+def hide(x_BTD, rate: float, keys_BT):
+    """Whole tokens set to zero; off as `drop` is. The others stay as they are: a text with fewer words is a text too."""
+    if keys_BT is None or rate == 0.0:
+        return x_BTD
+    kept_BT = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate)))(keys_BT)
+    return jnp.where(kept_BT[..., None], x_BTD, 0)

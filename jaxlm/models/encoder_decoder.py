@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.errors import UserError
-from jaxlm.models.block import Block, Context, drop, fold_in, residual
+from jaxlm.models.block import Block, Context, drop, fold_in, hide, residual
 from jaxlm.models.cross import Memory
 from jaxlm.models.norms import build_norm
 from jaxlm.models.positions import build_position
@@ -31,9 +31,9 @@ class EncoderDecoder(Transformer):
         """The `memory` of `hidden`. segment_ids_BS: 0 is padding; with packed documents, as those of the decoder's text."""
         if positions_BS is None:
             positions_BS = np.arange(tokens_BS.shape[1])[None]
-        x_BSD = self.encoder_position.embed(self.embed(tokens_BS).astype(self.compute_dtype) * self.embed_scale, positions_BS)
-        keys_BS = self.token_keys(keys_B, tokens_BS.shape[1])
-        keys_BS = None if keys_BS is None else fold_in(keys_BS, self.num_layers + 1)  # not the decoder's
+        keys_BS = fold_in(self.token_keys(keys_B, tokens_BS.shape[1]), self.num_layers + 1)  # not the decoder's
+        x_BSD = self.embed(tokens_BS).astype(self.compute_dtype) * self.embed_scale
+        x_BSD = self.encoder_position.embed(hide(x_BSD, self.token_dropout, fold_in(keys_BS, self.num_layers + 2)), positions_BS)
         live_BS = None if segment_ids_BS is None else jnp.asarray(segment_ids_BS) > 0
         if live_BS is not None and not self.isolate:
             segment_ids_BS = live_BS.astype(jnp.int32)

@@ -10,7 +10,7 @@ from jaxlm.config import is_off
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
-from jaxlm.models.block import Block, Context, drop, fold_in, layer_kinds, residual
+from jaxlm.models.block import Block, Context, drop, fold_in, hide, layer_kinds, residual
 from jaxlm.models.dense import Dense
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import NoNorm, build_norm
@@ -39,7 +39,7 @@ class Transformer(nnx.Module):
         check_remat(m.remat)
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
-        self.isolate = config.data.isolate_documents
+        self.isolate, self.token_dropout = config.data.isolate_documents, m.token_dropout
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
         self.logit_scale = m.logit_scale * build_parametrization(m).logits
         self.context_method = config.kernels.context
@@ -89,10 +89,11 @@ class Transformer(nnx.Module):
             types_BT = jnp.zeros(tokens_BT.shape, jnp.int32) if token_types_BT is None else token_types_BT
             x_BTD = x_BTD + self.token_type_embedding[...][types_BT]
         x_BTD = x_BTD.astype(self.compute_dtype) * self.embed_scale
+        keys_BT = self.token_keys(keys_B, tokens_BT.shape[1])
+        x_BTD = hide(x_BTD, self.token_dropout, fold_in(keys_BT, self.num_layers + 2))
         x_BTD = self.position.embed(x_BTD, positions_BT)
         if hasattr(self, "embed_norm"):
             x_BTD = self.embed_norm(x_BTD)
-        keys_BT = self.token_keys(keys_B, tokens_BT.shape[1])
         if keys_BT is not None:
             x_BTD = drop(x_BTD, self.dropout, fold_in(keys_BT, self.num_layers))
         live_BT = None if segment_ids_BT is None else jnp.asarray(segment_ids_BT) > 0
@@ -120,7 +121,7 @@ class Transformer(nnx.Module):
 
     def token_keys(self, keys_B, length: int):
         """-> keys_BT of dropout, one a token; None where it is off."""
-        if keys_B is None or is_off(self.dropout):
+        if keys_B is None or is_off(self.dropout) and is_off(self.token_dropout):
             return None
         return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(length)))(keys_B)
 

@@ -35,7 +35,7 @@ from jaxlm.train.record import cost_of, summarise, train_line
 from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
-from jaxlm.train.stop import StopSignal
+from jaxlm.train.stop import Patience, StopSignal
 
 
 def train(config, workdir: str, allow_config_change: bool = False, process_start: float | None = None,
@@ -62,7 +62,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     policy, pretrained = config.optimizer.nonfinite, config.model.from_pretrained
     if pretrained:
         _ = config.model.from_scratch, config.model.adapter  # `pretrained_params` reads them
-    keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+    keep, keep_best, metric = config.checkpoint.keep, config.checkpoint.keep_best, config.eval.metric
+    most = config.eval.patience
+    patience_at = lambda step: Patience(metric, most, workdir, step)
     suite = build_suite(config, model, data.tokenizer, mesh)
     eval_answers = config.eval.answers
     _ = config.eval.text_metrics, config.eval.beams, config.eval.length_penalty, config.eval.max_new_tokens  # by `Answers`
@@ -83,9 +85,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     writers = build_writers(config, workdir)
 
     # ---- State: born on its devices, or restored -----------------------------------------------------------------------
-    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best)
+    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), keep, keep_every, keep_best, metric=metric)
     latest = checkpoints.latest()
-    if latest == steps and (done := share(lambda: completed_summary(workdir), "summary")):
+    ended = latest is not None and (latest == steps or patience_at(latest).exhausted)
+    if ended and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
     checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
@@ -97,6 +100,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         if pretrained:
             state["params"], untaken = pretrained_params(program, full_config, state["params"])
     start = int(state["step"])
+    patience = patience_at(start)
     writers.truncate_after(start)
     alive("compiling", SLOW)
 
@@ -137,8 +141,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         from jaxlm.evaluate.answers import Answers
 
         answers = Answers(config, model, data, "valid", eval_answers)
-    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "train_loss": None,
-              "speeds": []}
+    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "improved": False,
+              "train_loss": None, "speeds": []}
     generator = None
 
     def averaged():
@@ -150,7 +154,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             lines = evaluate_split(eval_step, averaged(), data.valid, eval_feed, eval_batches)
             if answers:
                 lines["all"] |= answers.score(answers.write(averaged()))
-            totals["valid"] = lines["all"]
+            totals["valid"], totals["improved"] = lines["all"], patience.saw({"step": step, **lines["all"]})
             for name, line in lines.items():
                 line = {"split": f"valid/{name}", "step": step,
                         **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
@@ -183,6 +187,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             return None
         summary = summarise(workdir, program, totals, cost, status=status, exit_code=exit_code, steps=step,
                             compile_seconds=compile_seconds, elapsed_seconds=time.time() - began)
+        summary |= {"stopped_early": patience.exhausted and step < steps,
+                    "best": {"step": patience.best_step, metric: patience.best} if patience.best_step else None}
         write_json(os.path.join(workdir, "summary.json"), summary)
         writers.close()
         if wants_report:
@@ -226,11 +232,11 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             writers.write(line)
             progress.update(line)
 
-    step, saving = start, False
+    step, saving, enough = start, False, patience.exhausted
     batches = data.train.prefetched(start, feed.put, feed.rows)
     try:
         with jax.transfer_guard("disallow"):
-            for step in range(start + 1, steps + 1):
+            for step in () if enough else range(start + 1, steps + 1):
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
@@ -251,11 +257,16 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                     if due_eval:
                         with jax.transfer_guard("allow"):
                             run_evaluation(step)
-                    if due_save or stopping:
+                    enough = due_eval and patience.exhausted
+                    if due_save or stopping or enough or (due_eval and keep_best and totals["improved"]):
                         with jax.transfer_guard("allow"):
                             save(step, evaluated=due_eval)  # never with an older step's loss
                     saving = True
                     clock.restart(step, totals["tokens"])
+                    if enough:
+                        progress.message(f"step {step}: {most} evaluations without a better {metric} than "
+                                         f"{patience.best:.4f} at step {patience.best_step}; stopping early")
+                        break
                 alive()
                 if stopping and step < steps:
                     finish("preempted", 75, step)
@@ -268,4 +279,4 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         batches.close()
         checkpoints.close()
         progress.stop()
-    return finish("completed", 0, steps)
+    return finish("completed", 0, step)

@@ -58,12 +58,12 @@ def mesh_here(config, vocab_size: int, overrides=()):
     return build_mesh(config, devices, choose_axes(config, vocab_size, devices)[0] if config.mesh.auto else None)
 
 
-def open_run(workdir: str, overrides=(), frugal: bool = False, text: bool = True) -> Run:
+def open_run(workdir: str, overrides=(), frugal: bool = False, text: bool = True, checkpoint: str = "") -> Run:
     """What `workdir` or, where that is empty, --config.model.from_pretrained among `overrides` names, a jaxlm run or Hugging
     Face weights, as it can be read here: on the mesh of `overrides`, or the one it was trained on, or, where that does not fit
     the devices that there are, one that does. Nothing is written.
 
-    frugal, text: as `Checkpoints` and `build_data` have them. Raises UserError.
+    frugal, text: as `Checkpoints` and `build_data` have them. checkpoint: of a run, as `choose_step` has it. Raises UserError.
     """
     key = "--config.model.from_pretrained="
     if not workdir:
@@ -86,13 +86,27 @@ def open_run(workdir: str, overrides=(), frugal: bool = False, text: bool = True
     directory = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(directory):
         raise UserError(f"--workdir={workdir}: no checkpoints there yet; train first")
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False, frugal=frugal)
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, 0, False, create=False, frugal=frugal, metric=config.eval.metric)
     if checkpoints.latest() is None:
         raise UserError(f"--workdir={workdir}: no checkpoint there yet; train first")
-    params = checkpoints.restore_params(abstract, name="ema" if config.optimizer.ema_decay else "params")
-    step = checkpoints.latest()
+    step = choose_step(checkpoints, checkpoint or ("best" if config.checkpoint.keep_best else "latest"))
+    params = checkpoints.restore_params(abstract, "ema" if config.optimizer.ema_decay else "params", step)
+    step = checkpoints.latest() if step is None else step
     checkpoints.close()
     return Run(config, model, params, data, mesh, step)
+
+
+def choose_step(checkpoints, name: str) -> int | None:
+    """"best" by eval.metric (of runs with checkpoint.keep_best; the newest, where there was no evaluation), "latest", or a step;
+    None: the newest that is whole. Raises UserError: no such checkpoint."""
+    if name == "latest" or name == "best" and checkpoints.best() is None:
+        return None
+    if name == "best":
+        return checkpoints.best()
+    if not name.isdigit() or int(name) not in checkpoints.steps():
+        there = ", ".join(map(str, checkpoints.steps()))
+        raise UserError(f"--checkpoint={name}: no such checkpoint; give best, latest or one of {there}")
+    return int(name)
 
 
 def open_hugging_face(name: str, overrides, text: bool) -> Run:

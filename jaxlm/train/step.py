@@ -36,7 +36,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
     `flatten_paths` of what trains) of the first gradient that is not finite, -1 if all are.
     """
     accum, clip_norm = config.grad_accum_steps, config.optimizer.clip_norm
-    ema_decay, dropout = config.optimizer.ema_decay, config.model.dropout
+    ema_decay, dropout = config.optimizer.ema_decay, config.model.dropout or config.model.token_dropout
     balanced = "layers/feedforward/router/bias" in flatten_paths(model.trained)
     bias_rate = config.model.bias_update_rate if balanced else 0.0
 

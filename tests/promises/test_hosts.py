@@ -224,3 +224,14 @@ def test_devices_are_counted(environment, tmp_path):
     ends = processes(environment, tmp_path / "x", 2, [0, 1], JAXLM_LOCAL_DEVICES="3", JAX_NUM_CPU_DEVICES="2")
     assert [code for code, _ in ends] == [2, 2], ends
     assert all("JAXLM_LOCAL_DEVICES=3: process 0 sees 2 devices" in output for _, output in ends), ends
+
+
+def test_all_processes_stop_early_at_the_same_step(environment, tmp_path):
+    args = ("--config.optimizer.learning_rate=0.0", "--config.eval.every_steps=2", "--config.eval.patience=1")
+    two = run(environment, tmp_path / "early", 2, 1, *args)
+    summary = json.loads((two.workdir / "summary.json").read_text())
+    assert (summary["steps"], summary["stopped_early"], summary["best"]["step"]) == (4, True, 2)
+    assert all("completed at step 4" in (two.workdir / "logs" / f"process-{i}.log").read_text() for i in (0, 1))
+    before = losses(two.workdir)
+    run(environment, two.workdir, 2, 1, *args)  # the same command again: nothing to do
+    assert losses(two.workdir) == before

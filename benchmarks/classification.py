@@ -1,0 +1,52 @@
+"""A recipe of configs/tasks/ on its held-out text, for several seeds, and by cross-validation:
+
+    python benchmarks/classification.py sst2_sentiment --split=test --root=../shared/data --workdir=runs/sst2 [--crossval=5]
+
+Written to results/<date>-<recipe>.json. The same command again goes on where it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+from record import save
+
+NUMBERS = ("accuracy", "auc_roc", "f1_macro", "log_loss")
+
+
+def jaxlm(*args) -> str:
+    return subprocess.run([sys.executable, "-m", "jaxlm.cli", *args], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--split", default="valid", choices=("valid", "test"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--crossval", type=int, default=0)
+    parser.add_argument("--root", default="../shared/data")
+    parser.add_argument("--workdir", required=True)
+    args = parser.parse_args()
+    config, root = f"--config=configs/tasks/{args.recipe}.py", f"--config.data.root={args.root}"
+    runs = []
+    for seed in range(args.seeds):
+        folder, began = f"--workdir={args.workdir}/seed-{seed}", time.time()
+        jaxlm("train", config, root, folder, f"--config.seed={seed}")
+        seconds = time.time() - began
+        found = json.loads(jaxlm("eval", folder, f"--split={args.split}", "--json"))
+        runs.append({"seed": seed, "train_seconds": seconds, "step": found["step"], **{name: found[name] for name in NUMBERS},
+                     "expected_calibration_error": found["calibration"]["expected_calibration_error"],
+                     "confusion_matrix": found["confusion_matrix"]})
+    result = {"recipe": args.recipe, "split": args.split, "examples": found["examples"],
+              "mean": {name: statistics.mean(run[name] for run in runs) for name in NUMBERS}, "runs": runs}
+    if args.crossval:
+        result["crossval"] = json.loads(jaxlm("eval", config, root, f"--crossval={args.crossval}", f"--workdir={args.workdir}/folds",
+                                              "--json"))
+    save(args.recipe, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Sentiment of a Chinese hotel review (ChnSentiCorp), from scratch: trained on nine rows of ten, tested on every tenth.
+
+    jaxlm train --config=configs/tasks/chnsenticorp_sentiment_zh.py --workdir=runs/chnsenticorp
+    jaxlm eval --workdir=runs/chnsenticorp
+
+The rows held out (number % 10 == 9) are the test: nothing was chosen by them, and training evaluates on them once, after its last
+step. How long to train was chosen by cross-validation on the other rows:
+
+    jaxlm eval --config=configs/tasks/chnsenticorp_sentiment_zh.py --crossval=5 --workdir=runs/chnsenticorp-folds
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    c = default.get_config(arg)
+    c.steps, c.batch_size, c.seq_len = 300, 16, 256
+    c.data.path, c.data.root = "chnsenticorp-hotel/ChnSentiCorp_htl_all.csv", "../shared/data"
+    c.data.form, c.data.text_field, c.data.label_field, c.data.classes = "label", "review", "label", ("0", "1")
+    c.data.valid_every = 10
+    c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 8192
+    c.objective.name = "classification"
+    c.model.family, c.model.pooling = "encoder", "mean"
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 64, 2
+    c.model.dropout, c.model.token_dropout = 0.3, 0.3
+    c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-2, 0.97
+    c.eval.every_steps = 0
+    return c

@@ -1,0 +1,26 @@
+"""Subject of a Chinese paper by its title, one of 13 (CSL, Li et al. 2022), from scratch.
+
+    jaxlm train --config=configs/tasks/csl_category_zh.py --workdir=runs/csl-category
+    jaxlm eval --workdir=runs/csl-category --split=test
+"""
+
+from configs import default
+
+CLASSES = ("军事学", "农学", "医学", "历史学", "哲学", "工学", "教育学", "文学", "法学", "理学", "管理学", "经济学", "艺术学")
+
+
+def get_config(arg: str = ""):
+    c = default.get_config(arg)
+    c.steps, c.batch_size, c.seq_len = 300, 16, 128
+    c.data.path, c.data.valid_path = "csl-zh/category-train.tsv", "csl-zh/category-dev.tsv"
+    c.data.test_path, c.data.root = "csl-zh/category-test.tsv", "../shared/data"
+    c.data.form, c.data.header, c.data.text_field, c.data.label_field = "label", False, "1", "2"
+    c.data.classes = CLASSES
+    c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 8192
+    c.objective.name = "classification"
+    c.model.family, c.model.pooling = "encoder", "mean"
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 64, 2
+    c.model.dropout, c.model.token_dropout = 0.3, 0.3
+    c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-2, 0.97
+    c.eval.every_steps = 50
+    return c
