@@ -130,6 +130,7 @@ def run_train(args):
 
     config = load(args.config, args.overrides)
     start_jax(config)
+    from jaxlm.observe.fitting import judge_run
     from jaxlm.observe.watchdog import Watchdog
     from jaxlm.train.loop import train
 
@@ -141,6 +142,7 @@ def run_train(args):
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
     report = f"; {args.workdir}/report.html" if config.observe.report else ""
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
+    print(judge_run(args.workdir).text)
 
 
 def add_eval(verb):
@@ -158,6 +160,7 @@ def run_eval(args):
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
+    from jaxlm.train.frozen import frozen_of_run
     from jaxlm.train.restore import open_run
     from jaxlm.train.step import build_eval_step
 
@@ -166,10 +169,13 @@ def run_eval(args):
     if split is None:
         raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)"
                         if args.split == "valid" else "--split=test: there is none; set --config.data.test_path=FILE")
-    eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
+    objective = build_objective(run.config)
+    frozen, own = frozen_of_run(run, objective)
+    eval_step = jit(run.mesh, build_eval_step(run.model, objective, frozen))
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
     batches = split.evaluation_batches(rows=feed.rows)
-    result = {"step": run.step, **evaluate(eval_step, run.params, batches, feed.put, split.num_bytes)}
+    result = {"step": run.step, **evaluate(lambda params, batch: eval_step(params, batch, *own), run.params, batches,
+                                              feed.put, split.num_bytes)}
     if distributed.is_main():
         print(json.dumps(result) if args.json else "  ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))

@@ -74,7 +74,8 @@ class Lines(Silent):
     def evaluation(self, line):
         self.message(f"step {line['step']:>6}  {line['split']}  loss {line['loss']:.4f}  perplexity "
                      f"{line['perplexity']:.3f}" + "".join(f"  {name} {line[key]:.4f}" for key, name in (
-                         ("bits_per_byte", "bits/byte"), ("accuracy", "accuracy")) if key in line))
+                         ("bits_per_byte", "bits/byte"), ("accuracy", "accuracy"), ("reward_margin", "margin"),
+                         ("teacher_kl", "KL")) if key in line))
 
     def sample(self, text):
         self.message("\n".join("    | " + row for row in text.splitlines()[:8]))

@@ -19,6 +19,7 @@ from jaxlm.evaluate.perplexity import evaluate
 from jaxlm.kernels.embedding import choose_embedding_gradient
 from jaxlm.kernels.quantized import describe_quantization
 from jaxlm.models.moe import ROUTER_METRICS, describe_experts
+from jaxlm.objectives.objective import MEANS
 from jaxlm.observe import process_log
 from jaxlm.observe.progress import build_progress
 from jaxlm.observe.throughput import Clock, flops_per_token, peak_flops, peak_memory_bytes
@@ -31,8 +32,9 @@ from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
+from jaxlm.train.frozen import check_frozen, read_frozen
 from jaxlm.train.pretrained import pretrained_params
-from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
+from jaxlm.train.rundir import completed_summary, keep_tokenizer, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
 from jaxlm.train.stop import StopSignal
@@ -74,6 +76,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     compiled = load_executable(executable, program) if executable else None
     share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options, data.fingerprint),
           "run directory")
+    share(lambda: keep_tokenizer(workdir, full_config, data.tokenizer), "tokenizer")
     alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
     process_log.write(about_processes())
@@ -86,21 +89,21 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         return done
     checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
-    untaken = []
+    untaken, meta, frozen = [], {}, read_frozen(program, full_config)
     if latest is not None:
-        _, state, _ = checkpoints.restore(program.state)
+        _, state, meta = checkpoints.restore(program.state)
     else:
         state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
             state["params"], untaken = pretrained_params(program, full_config, state["params"])
-    start = int(state["step"])
+    start, frozen_marks = int(state["step"]), check_frozen(meta, frozen, full_config)
     writers.truncate_after(start)
     alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     step_fn, compile_seconds = (compiled, 0.0) if compiled else program.compile()
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
-    eval_step = jit(mesh, build_eval_step(model, program.objective))
+    eval_step = jit(mesh, build_eval_step(model, program.objective, program.frozen))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     causal_flops, palm_flops = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
@@ -142,7 +145,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         if data.valid is not None:
             batches = data.valid.evaluation_batches(eval_batches, eval_feed.rows)
             share = min(1.0, eval_batches * data.valid.batch_size / len(data.valid)) if eval_batches else 1.0
-            line = evaluate(eval_step, averaged(), batches, eval_feed.put, share * data.valid.num_bytes)
+            line = evaluate(lambda params, batch: eval_step(params, batch, *frozen), averaged(), batches, eval_feed.put,
+                            share * data.valid.num_bytes)
             totals["valid"] = line
             line = {"split": "valid/all", "step": step, **{k: v for k, v in line.items() if k not in ("tokens", "examples")}}
             writers.write(line)
@@ -160,7 +164,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     def save(step, evaluated):
         metrics = totals["valid"] if evaluated and totals["valid"] else None
-        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step})
+        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step,
+                                                 "frozen": frozen_marks})
 
     def finish(status, exit_code, step):
         alive("saving", SLOW)
@@ -224,7 +229,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 totals["speeds"].append(speed)
             line = {"split": "train", "step": step, "tokens": totals["tokens"], "loss": metrics["loss"],
                     "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
-                    **{k: metrics[k] for k in ROUTER_METRICS if k in metrics},
+                    **{k: metrics[k] for k in (*ROUTER_METRICS, *MEANS) if k in metrics},
                     "mfu": speed * causal_flops / peak if peak and speed else None,
                     "mfu_palm": speed * palm_flops / peak if peak and speed else None,
                     "elapsed_seconds": time.time() - began}
@@ -242,7 +247,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 if saving:  # once more when it has ended
                     saving = checkpoints.is_saving()
                     heap.give_back_freed_memory()
-                state, metrics = step_fn(state, batch, hyper)
+                state, metrics = step_fn(state, batch, hyper, *frozen)
                 if pending:
                     read_back(pending)
                 pending = (step, metrics, clock.now() if in_turn else None)
