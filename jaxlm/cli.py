@@ -478,6 +478,22 @@ def run_convert(args):
         export_run(args.workdir, args.to, args.overrides, args.family, args.adapter)
 
 
+def add_average(verb):
+    add_workdir(verb)
+    verb.add_argument("--to", required=True, metavar="DIR", help="the run directory to make")
+    verb.add_argument("--last", type=int, default=5, metavar="K", help="so many checkpoints, the newest (default %(default)s)")
+
+
+def run_average(args):
+    """Average the parameters of a run's last checkpoints into a run of its own, which eval and generate take."""
+    if args.last < 1:
+        raise UserError(f"--last={args.last}: must be at least 1")
+    start_jax()
+    from jaxlm.train.average import average
+
+    average(args.workdir, args.to, args.last, args.overrides)
+
+
 def run_doctor(args):
     """Versions, devices, what each attention backend says of this machine, and a 10-second self-test."""
     import importlib.metadata
@@ -605,6 +621,7 @@ VERBS = {
     "bench": (run_bench, add_bench),
     "report": (run_report, add_workdir),
     "convert": (run_convert, add_convert),
+    "average": (run_average, add_average),
     "doctor": (run_doctor, lambda verb: None),
 }
 

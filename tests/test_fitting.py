@@ -18,7 +18,7 @@ def curves(valid, train, sigma=0.0, seed=0):
             list(zip(STEPS.tolist(), (valid(STEPS) + sigma * rng.standard_normal(len(STEPS))).tolist(), strict=True)))
 
 
-falling = lambda x: 2 + 2 * np.exp(-x / 300)
+falling = lambda x: 2 + 2 * np.exp(-x / 200)
 rising_after = lambda x: falling(x) + np.maximum(0, x - 1200) * 4e-4
 steep = lambda x: 3.5 - 1e-3 * x
 CASES = {
@@ -48,14 +48,16 @@ def test_a_rise_within_the_noise_is_none():
 def test_the_noise_is_told_from_the_evaluations():
     estimates = [noise(curves(steep, steep, 0.05, seed)[1]) for seed in range(100)]
     assert abs(np.mean(estimates) - 0.05) < 0.01
-    uneven = [(0, 3.0), (10, 2.9), (100, 2.0), (101, 1.99), (300, 0.0)]
-    assert noise(uneven) < 1e-9  # a straight line
+    uneven = [(x, 3.0 - 0.01 * x + 1e-5 * x**2) for x in (0, 10, 100, 101, 300)]
+    assert noise(uneven) < 1e-9  # bent, and smooth
 
 
 def test_little_is_said_of_little():
     train, valid = curves(*CASES["over-fitting"])
     assert judge(train, valid[:3]).kind == judge([], []).kind == "unknown"
     assert judge([], valid).kind == "over-fitting"  # validation alone
+    few = [(100, 5.305), (200, 4.729), (300, 4.394), (400, 4.155), (500, 4.015)]  # of a real run
+    assert judge([], few).kind == "still learning"
     assert judge(train, [*valid, (2100, float("nan"))]).kind == "over-fitting"
 
 
@@ -71,3 +73,38 @@ def test_the_report_shows_verdict_and_gap(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:5]))
     page = open(write_report(str(tmp_path))).read()
     assert 'class="gap"' not in page and "lowest at" not in page
+
+
+# ---- Averages ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_checkpoints_are_averaged_into_a_run(tmp_path, capsys):
+    from jaxlm.cli import main
+    from jaxlm.train.restore import open_run
+
+    (tmp_path / "text.txt").write_text("to be or not to be that is the question " * 40)
+    common = [f"--config.data.path={tmp_path}/text.txt", f"--config.data.store_dir={tmp_path}/stores", "--config.seq_len=8",
+              "--config.batch_size=4", "--config.model.num_layers=1", "--config.model.embed_dim=16", "--config.model.num_heads=2",
+              "--config.mesh.data=1", "--config.observe.report=False", "--config.observe.progress=none"]
+    assert main(["train", "--config=configs/default.py", *common, f"--workdir={tmp_path}/run", "--config.steps=4",
+                 "--config.checkpoint.every_steps=1", "--config.checkpoint.keep=3", "--config.optimizer.ema_decay=0.9"]) == 0
+    assert judge_run(str(tmp_path / "run")).text in capsys.readouterr().out
+    assert main(["average", f"--workdir={tmp_path}/run", f"--to={tmp_path}/mean", "--last=3"]) == 0
+    assert "steps 2, 3, 4" in capsys.readouterr().out
+    import jax
+
+    from jaxlm.checkpoint.manager import Checkpoints
+
+    run = open_run(str(tmp_path / "mean"))
+    of = Checkpoints(str(tmp_path / "run" / "checkpoints"), 1, 0, False, create=False)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), run.params)
+    each = [jax.device_get(of.restore_params(abstract, step=step)) for step in (2, 3, 4)]
+    jax.tree.map(lambda mean, *of: np.testing.assert_allclose(mean, np.mean(np.float64(of), 0), atol=1e-7), run.params, *each)
+    assert np.abs(run.params["embedding"] - each[-1]["embedding"]).max() > 1e-5
+    assert main(["eval", f"--workdir={tmp_path}/mean", "--json"]) == 0
+    assert "loss" in json.loads(capsys.readouterr().out)
+    for more, said in ((["--last=4", f"--to={tmp_path}/b"], "keeps 3 checkpoints"),
+                       ([f"--to={tmp_path}/mean", "--last=2"], "not empty"),
+                       (["--last=0", f"--to={tmp_path}/b"], "at least 1")):
+        assert main(["average", f"--workdir={tmp_path}/run", *more]) == 2
+        assert said in capsys.readouterr().err

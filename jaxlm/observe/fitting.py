@@ -1,7 +1,7 @@
 """Over- or under-fitting: what the curves of training and validation loss say of a run, in plain words and with the evidence.
 
-Differences count only above the noise, which is told from the validation losses themselves: how far each lies from the line
-between its neighbours. All losses are means over the same validation text, so what moves them is the model alone.
+Differences count only above the noise, which is told from the validation losses themselves: how far neighbours lie from a smooth
+curve. All losses are means over the same validation text, so what moves them is the model alone.
 """
 
 import bisect
@@ -12,7 +12,7 @@ import statistics
 from typing import NamedTuple
 
 LEAST = 4  # evaluations without which nothing is said
-SIGMAS = 3.0  # a difference of fewer standard deviations of the noise is none,
+SIGMAS = 3.0  # a difference of fewer of its own standard deviations is none,
 SHARE = 0.005  # nor is one of less than this share of the loss
 CLOSE = 0.03  # training and validation loss that differ by less than this share of it are close together
 
@@ -25,14 +25,14 @@ class Verdict(NamedTuple):
 
 def judge(train, valid) -> Verdict:
     """train, valid: (step, loss) of a run's training lines and evaluations, by step."""
-    train, valid = ([(step, loss) for step, loss in points if math.isfinite(loss)] for points in (train, valid))
+    train, valid = (sorted((s, y) for s, y in dict(points).items() if math.isfinite(y)) for points in (train, valid))
     if len(valid) < LEAST:
         return Verdict("unknown", f"{len(valid)} evaluations do not tell over- from under-fitting; at least {LEAST} do "
                                   "(eval.every_steps)")
     losses = [loss for _, loss in valid]
     best, (end, last) = losses.index(min(losses)), valid[-1]
     since, lowest = valid[best]
-    least = max(SIGMAS * noise(valid), SHARE * abs(lowest))
+    least = max(SIGMAS * math.sqrt(2) * noise(valid), SHARE * abs(lowest))
     now, then = train_loss(train, valid, len(valid) - 1), train_loss(train, valid, best)
     chance = noise(valid) * math.sqrt(2 * math.log(len(valid)))  # by which the lowest of so many lies below the curve anyway
     if last - lowest > least + chance:
@@ -46,24 +46,24 @@ def judge(train, valid) -> Verdict:
     quarter = max(i for i, (step, _) in enumerate(valid) if i == 0 or step <= valid[0][0] + 0.75 * (end - valid[0][0]))
     quarter = min(quarter, len(valid) - 2)
     if losses[quarter] - last > least:
-        return Verdict("still learning", f"still learning: validation loss fell from {losses[quarter]:.4f} to {last:.4f} since step "
-                       f"{valid[quarter][0]:,}; train longer")
+        return Verdict("still learning", f"still learning: validation loss fell from {losses[quarter]:.4f} to {last:.4f} since "
+                       f"step {valid[quarter][0]:,}; train longer")
     rest = f"validation loss came to rest at {last:.4f} (within {least:.4f} since step {valid[quarter][0]:,})"
     if now is not None and last - now < CLOSE * abs(last):
-        return Verdict("under-fitting", f"under-fitting, or as good as this data allows: {rest}, and training loss, {now:.4f}, is no "
-                       "lower; a larger model, a higher learning rate or less regularisation tells which")
+        return Verdict("under-fitting", f"under-fitting, or as good as this data allows: {rest}, and training loss, {now:.4f}, is "
+                       "hardly lower; a larger model, a higher learning rate or less regularisation tells which")
     gap = "" if now is None else f", training loss is {last - now:.4f} lower"
-    return Verdict("fitted", f"fitted: {rest}{gap}, and it did not rise; more data or a larger model with more regularisation may "
-                   "get lower")
+    return Verdict("fitted", f"fitted: {rest}{gap}, and it did not rise; more data, or a larger model with more regularisation, "
+                   "may get lower")
 
 
 def noise(valid) -> float:
-    """Standard deviation of a validation loss about the curve: median distance from the line between its neighbours, as normal
-    noise has it. A curve's own bend counts too, so that it is rather told too large."""
+    """Standard deviation of a validation loss about the curve: median distance of four neighbours from any parabola, as normal
+    noise has it."""
     off = []
-    for (x0, y0), (x, y), (x1, y1) in zip(valid, valid[1:], valid[2:], strict=False):
-        share = (x - x0) / (x1 - x0)
-        off.append(abs(y - y0 - share * (y1 - y0)) / math.sqrt(1 + share**2 + (1 - share) ** 2))
+    for four in zip(valid, valid[1:], valid[2:], valid[3:], strict=False):
+        weights = [1 / math.prod(x - other for other, _ in four if other != x) for x, _ in four]
+        off.append(abs(sum(w * y for w, (_, y) in zip(weights, four, strict=True))) / math.hypot(*weights))
     return statistics.median(off) / 0.6745
 
 
