@@ -46,8 +46,8 @@ def judge(train, valid) -> Verdict:
     quarter = max(i for i, (step, _) in enumerate(valid) if i == 0 or step <= valid[0][0] + 0.75 * (end - valid[0][0]))
     quarter = min(quarter, len(valid) - 2)
     if losses[quarter] - last > least:
-        return Verdict("still learning", f"still learning: validation loss fell from {losses[quarter]:.4f} to {last:.4f} since "
-                       f"step {valid[quarter][0]:,}; train longer")
+        return Verdict("still learning", f"still learning: validation loss fell from {losses[quarter]:.4f} to {last:.4f} "
+                       f"since step {valid[quarter][0]:,}; train longer")
     rest = f"validation loss came to rest at {last:.4f} (within {least:.4f} since step {valid[quarter][0]:,})"
     if now is not None and last - now < CLOSE * abs(last):
         return Verdict("under-fitting", f"under-fitting, or as good as this data allows: {rest}, and training loss, {now:.4f}, is "

@@ -19,7 +19,8 @@ font:15px/1.5 system-ui,sans-serif}h1{font-size:24px;margin:0 0 2px}h2{font-size
 svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fill:var(--dim);font-size:11px}
 .grid{stroke:var(--line)}.raw{stroke:var(--a);opacity:.3}.smooth{stroke:var(--a);stroke-width:1.8}.valid{stroke:var(--b);stroke-width:2}
 .gap{fill:var(--b);opacity:.13}.best{stroke:var(--b);stroke-dasharray:4 3}
-.verdict{background:var(--card);border-left:4px solid var(--b);border-radius:0 8px 8px 0;padding:9px 14px;margin:0 0 14px}.verdict b::first-letter{text-transform:uppercase}
+.verdict{background:var(--card);border-left:4px solid var(--b);border-radius:0 8px 8px 0;padding:9px 14px;margin:0 0 14px}
+.verdict b::first-letter{text-transform:uppercase}
 svg .label{fill:var(--b);font-weight:600;font-size:12px}svg .title{fill:var(--fg);font-size:13px;font-weight:600}
 pre{background:var(--card);border-radius:8px;padding:12px 14px;overflow:auto;white-space:pre-wrap;font-size:13px}
 table{border-collapse:collapse;width:100%;font-size:13px}td{border-top:1px solid var(--line);padding:3px 8px}
