@@ -11,9 +11,11 @@ from test_step import tiny
 
 from jaxlm.cli import main
 from jaxlm.config import load
+from jaxlm.data.feed import put_everywhere
 from jaxlm.errors import UserError
 from jaxlm.objectives.build import build_objective
 from jaxlm.objectives.preference import log_one_less_exp
+from jaxlm.parallel.rules import replicated
 from jaxlm.train.frozen import read_frozen
 from jaxlm.train.state import build_model, flatten_paths, part_of, with_part
 from jaxlm.train.step import build_program
@@ -138,6 +140,29 @@ def test_nothing_beside_the_answers_and_no_other_pair_has_a_part(models):
     np.testing.assert_allclose(sums[0][0], sums[1][0] + sums[2][0], rtol=1e-5)
     half = dict(batch, loss_mask=np.where(batch["segment_ids"] == 2, 0, batch["loss_mask"]))  # a pair without a rejected answer
     assert objective(models.module(models.params), half)[1] == 1
+
+
+@pytest.mark.parametrize("changes", [
+    dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, grad_accum_steps=2),
+    pytest.param(dict(mesh__fsdp=2, mesh__context=4), marks=pytest.mark.slow),
+    pytest.param(dict(mesh__stage=2, mesh__fsdp=4, model__scan_layers=True), marks=pytest.mark.slow)])
+def test_mesh_and_accumulation_change_nothing(changes):
+    def losses(c):
+        program = build_program(c, VOCAB)
+        init = jax.jit(program.init, out_shardings=program.shardings)
+        state, own = init(3), jax.jit(lambda: program.init(4)["params"], out_shardings=program.shardings["params"])()
+        step, _ = program.compile()
+        rows = [pair_batch(seed=seed) for seed in range(4)]
+        batch = program.feed.put({name: np.concatenate([b[name] for b in rows]) for name in rows[0]})
+        hyper, out = put_everywhere(program.hyper, replicated(program.mesh)), []
+        for _ in range(3):
+            state, metrics = step(state, batch, hyper, own)
+            out.append([float(metrics[name]) for name in ("loss", "grad_norm", "reward_margin")])
+        return out
+
+    wanted = losses(config_of("dpo", objective__beta=1.0))
+    assert abs(wanted[0][2]) > 0.01 and wanted[2][0] != wanted[0][0]
+    np.testing.assert_allclose(losses(config_of("dpo", objective__beta=1.0, **changes)), wanted, rtol=1e-4)
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------------------------
