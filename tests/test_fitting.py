@@ -26,7 +26,7 @@ CASES = {
     "worsening": (rising_after, lambda x: falling(x) + np.maximum(0, x - 1200) * 4e-4),
     "still learning": (steep, steep),
     "under-fitting": (falling, lambda x: falling(x) - 0.01),
-    "fitted": (falling, lambda x: falling(x) - x * 2e-4),
+    "fitted": (falling, lambda x: falling(x) - 0.3 * (1 - np.exp(-x / 300))),
 }
 
 
@@ -41,7 +41,7 @@ def test_each_kind_is_told_with_and_without_noise(kind, sigma):
 
 def test_a_rise_within_the_noise_is_none():
     """Many runs that came to rest, of noise alone: the last evaluation is hardly ever the lowest, and that means nothing."""
-    kinds = [judge(*curves(falling, lambda x: falling(x) - x * 2e-4, 0.03, seed)).kind for seed in range(200)]
+    kinds = [judge(*curves(falling, lambda x: falling(x) - 0.3, 0.03, seed)).kind for seed in range(200)]
     assert kinds.count("over-fitting") + kinds.count("worsening") <= 4
 
 
@@ -58,6 +58,9 @@ def test_little_is_said_of_little():
     assert judge([], valid).kind == "over-fitting"  # validation alone
     few = [(100, 5.305), (200, 4.729), (300, 4.394), (400, 4.155), (500, 4.015)]  # of a real run
     assert judge([], few).kind == "still learning"
+    few = [(12, 0.6226), (24, 0.6117), (36, 0.6526), (48, 0.6683), (60, 0.6675)]  # of another: few, but the gap tells
+    assert judge([], few).kind == "fitted"
+    assert judge([(s, 0.7 - 0.01 * s) for s in range(1, 61)], few).text.startswith("over-fitting since step 24")
     assert judge(train, [*valid, (2100, float("nan"))]).kind == "over-fitting"
 
 

@@ -20,7 +20,8 @@ def get_config(arg: str = ""):
     c.data.on_error = "skip"
     c.steps, c.batch_size, c.seq_len = 60, 8, 2048
     c.optimizer.learning_rate, c.optimizer.weight_decay = 5e-7, 0.0
+    c.checkpoint.every_steps, c.checkpoint.keep_best = "20%", True
     c.schedule.warmup_steps, c.eval.every_steps, c.observe.log_every = "10%", "20%", 1
     if arg == "scratch":
-        c.batch_size, c.seq_len, c.optimizer.learning_rate = 4, 1024, 1e-4
+        c.steps, c.batch_size, c.seq_len, c.optimizer.learning_rate = 30, 4, 1024, 2e-5
     return c

@@ -1,7 +1,8 @@
 """Over- or under-fitting: what the curves of training and validation loss say of a run, in plain words and with the evidence.
 
 Differences count only above the noise, which is told from the validation losses themselves: how far neighbours lie from a smooth
-curve. All losses are means over the same validation text, so what moves them is the model alone.
+curve. Where the gap to the training loss grew beyond all noise, a third of that is enough to call a rise a rise. All losses are means
+over the same validation text, so what moves them is the model alone.
 """
 
 import bisect
@@ -35,7 +36,8 @@ def judge(train, valid) -> Verdict:
     least = max(SIGMAS * math.sqrt(2) * noise(valid), SHARE * abs(lowest))
     now, then = train_loss(train, valid, len(valid) - 1), train_loss(train, valid, best)
     chance = noise(valid) * math.sqrt(2 * math.log(len(valid)))  # by which the lowest of so many lies below the curve anyway
-    if last - lowest > least + chance:
+    grew = 0.0 if now is None else (last - now) - (lowest - then)  # the gap, since then
+    if last - lowest > (least if grew < least + chance else least / SIGMAS) + chance:
         rose = f"validation loss was lowest there, {lowest:.4f}, and ended at {last:.4f}"
         if now is not None and now > then + least:
             return Verdict("worsening", f"worse since step {since:,}: {rose}, and training loss rose too, from {then:.4f} to "
@@ -48,13 +50,13 @@ def judge(train, valid) -> Verdict:
     if losses[quarter] - last > least:
         return Verdict("still learning", f"still learning: validation loss fell from {losses[quarter]:.4f} to {last:.4f} "
                        f"since step {valid[quarter][0]:,}; train longer")
-    rest = f"validation loss came to rest at {last:.4f} (within {least:.4f} since step {valid[quarter][0]:,})"
+    rest = f"validation loss came to rest at {last:.4f} (no fall above {least:.4f} since step {valid[quarter][0]:,})"
     if now is not None and last - now < CLOSE * abs(last):
-        return Verdict("under-fitting", f"under-fitting, or as good as this data allows: {rest}, and training loss, {now:.4f}, is "
-                       "hardly lower; a larger model, a higher learning rate or less regularisation tells which")
+        return Verdict("under-fitting", f"under-fitting, or as good as this data allows: {rest}, and training loss, {now:.4f}, "
+                       "is hardly lower; a larger model, a higher learning rate or less regularisation tells which")
     gap = "" if now is None else f", training loss is {last - now:.4f} lower"
-    return Verdict("fitted", f"fitted: {rest}{gap}, and it did not rise; more data, or a larger model with more regularisation, "
-                   "may get lower")
+    return Verdict("fitted", f"fitted: {rest}{gap}, and it did not rise above its noise; more data, or a larger model with more "
+                   "regularisation, may get lower")
 
 
 def noise(valid) -> float:
