@@ -203,9 +203,10 @@ def preferring(folder, *more):
             "--config.optimizer.learning_rate=1e-2", "--config.observe.log_every=1", *more]
 
 
-@pytest.mark.parametrize("changes", [["--config.optimizer.ema_decay=0.5"], ["--config.optimizer.learning_rate=0.1", "--config.model.lora_rank=2"]])
+@pytest.mark.parametrize("changes", [["--config.optimizer.ema_decay=0.5"],
+                                     ["--config.optimizer.learning_rate=0.1", "--config.model.lora_rank=2"]])
 def test_dpo_starts_at_log_2_with_no_margin_and_comes_to_prefer(begun, changes, capsys):
-    name = "dpo" + changes[0][-1]
+    name = "dpo" + str(len(changes))
     start = f"--config.model.from_pretrained={begun}/sft"
     lines = train(begun, name, *preferring(begun, "--config.objective.name=dpo", start, *changes))
     first, valid = lines[0], lines[-1]

@@ -1,8 +1,8 @@
 """Over- or under-fitting: what the curves of training and validation loss say of a run, in plain words and with the evidence.
 
 Differences count only above the noise, which is told from the validation losses themselves: how far neighbours lie from a
-smooth curve. Where the gap to the training loss grew beyond all noise, a third of that is enough to call a rise a rise. All losses
-are means over the same validation text, so what moves them is the model alone.
+smooth curve. Where the gap to the training loss grew beyond all noise, a third of that is enough to call a rise a rise. All
+losses are means over the same validation text, so what moves them is the model alone.
 """
 
 import bisect
