@@ -128,9 +128,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.adapter = ""  # a folder in PEFT's form: the adapters that this run starts with; it sets the three lora keys
 
     c.objective = ConfigDict()
-    c.objective.name = "next_token"  # next_token, classification (data.form=label), seq2seq (family=encoder_decoder)
+    c.objective.name = "next_token"  # next_token, classification (data.form=label), seq2seq (family=encoder_decoder),
+    # dpo, orpo, simpo (data.form=preference), distillation (of objective.teacher)
     c.objective.z_loss = 0.0  # weight of mean(logsumexp^2)
-    c.objective.label_smoothing = 0.0
+    c.objective.label_smoothing = 0.0  # of dpo: share of the pairs taken to be the wrong way round
+    c.objective.beta = 0.1  # of dpo, simpo: multiplies differences of log-probabilities; of orpo: weight of the odds ratio
+    c.objective.length_normalized = False  # of dpo: means of log-probabilities over an answer's tokens, not sums
+    c.objective.margin = 1.0  # of simpo: what the chosen answer is to be ahead
+    c.objective.teacher = ""  # of distillation: a run or a Hugging Face folder with the same tokenizer
+    c.objective.teacher_weight = 0.5  # share of the teacher in the loss; the rest is the cross-entropy of the text
+    c.objective.temperature = 1.0  # softens both distributions before they are compared
+    c.objective.kl = "forward"  # forward: KL(teacher || student); reverse: KL(student || teacher)
     c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1
 
     c.data = ConfigDict()

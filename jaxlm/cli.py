@@ -131,6 +131,7 @@ def run_train(args):
 
     config = load(args.config, args.overrides)
     start_jax(config)
+    from jaxlm.observe.fitting import judge_run
     from jaxlm.observe.watchdog import Watchdog
     from jaxlm.train.loop import train
 
@@ -142,6 +143,7 @@ def run_train(args):
     valid = "" if summary["valid_loss"] is None else f", validation loss {summary['valid_loss']:.4f}"
     report = f"; {args.workdir}/report.html" if config.observe.report else ""
     print(f"{summary['status']}: step {summary['steps']}{valid} in {summary['elapsed_seconds']:.0f} s{report}")
+    print(judge_run(args.workdir).text)
 
 
 def add_checkpoint(verb):
@@ -215,15 +217,18 @@ def of_split(args, run) -> dict:
     from jaxlm.objectives.build import build_objective
     from jaxlm.parallel.compile import jit
     from jaxlm.parallel.rules import batch_sharding
+    from jaxlm.train.frozen import frozen_of_run
     from jaxlm.train.step import build_eval_step
 
     split = run.data.valid if args.split == "valid" else run.data.test
     if split is None:
         raise UserError(f"{args.workdir or 'data'}: its data has no validation split (data.source=synthetic)"
                         if args.split == "valid" else "--split=test: there is none; set --config.data.test_path=FILE")
-    eval_step = jit(run.mesh, build_eval_step(run.model, build_objective(run.config)))
+    objective = build_objective(run.config)
+    frozen, own = frozen_of_run(run, objective)
+    eval_step = jit(run.mesh, build_eval_step(run.model, objective, frozen))
     feed = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len))
-    lines = evaluate_split(eval_step, run.params, split, feed)
+    lines = evaluate_split(lambda params, batch: eval_step(params, batch, *own), run.params, split, feed)
     sources = {name: line for name, line in lines.items() if name != "all"}
     return {**lines["all"], **({"sources": sources} if sources else {}), **evaluate_examples(run, args.split, args.workdir)}
 
@@ -539,6 +544,22 @@ def run_convert(args):
         export_run(args.workdir, args.to, args.overrides, args.family, args.adapter)
 
 
+def add_average(verb):
+    add_workdir(verb)
+    verb.add_argument("--to", required=True, metavar="DIR", help="the run directory to make")
+    verb.add_argument("--last", type=int, default=5, metavar="K", help="so many checkpoints, the newest (default %(default)s)")
+
+
+def run_average(args):
+    """Average the parameters of a run's last checkpoints into a run of its own, which eval and generate take."""
+    if args.last < 1:
+        raise UserError(f"--last={args.last}: must be at least 1")
+    start_jax()
+    from jaxlm.train.average import average
+
+    average(args.workdir, args.to, args.last, args.overrides)
+
+
 def run_doctor(args):
     """Versions, devices, what each attention backend says of this machine, and a 10-second self-test."""
     import importlib.metadata
@@ -669,6 +690,7 @@ VERBS = {
     "convert": (run_convert, add_convert),
     "ensemble": (commands.run_ensemble, commands.add_ensemble),
     "mup": (commands.run_mup, commands.add_mup),
+    "average": (run_average, add_average),
     "doctor": (run_doctor, lambda verb: None),
 }
 

@@ -25,6 +25,9 @@ NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.pr
                 "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.task_limit")
 
 
+PREFERENCE = ("dpo", "orpo", "simpo")  # objectives of pairs of answers
+
+
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
     """`configs/shakespeare.py[:arg]` plus `["--config.steps=50", ...]` -> locked, resolved ConfigDict.
 
@@ -33,7 +36,7 @@ def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
     path, _, arg = spec.partition(":")
     config = call(path, module_of(path).get_config, arg)
     config.lock()
-    first = tuple(f"--config.{key}=" for key in ("model.from_pretrained", "model.adapter", "imports"))
+    first = tuple(f"--config.{key}=" for key in ("model.from_pretrained", "model.adapter", "objective.teacher", "imports"))
     apply_overrides(config, [o for o in overrides if o.startswith(first)])
     if problems := import_parts(config.imports):
         raise UserError(*problems)
@@ -70,7 +73,11 @@ def call(path: str, function, *args):
 
 def take_from_pretrained(config: ConfigDict) -> None:
     """Where `model.from_pretrained` is a Hugging Face folder or repository, or a run made of one, its config.json says what the
-    model is, and its tokenizer.json how text is cut, in place; `model.adapter` says what the adapters are."""
+    model is, and its tokenizer.json how text is cut, in place; `model.adapter` says what the adapters are. A tokenizer that
+    another run made of its text is taken from there, and the teacher's."""
+    for place in (config.objective.teacher, config.model.from_pretrained):
+        if place and (file := pathlib.Path(place, "tokenizer.json")).is_file():
+            config.data.tokenizer = str(file)
     folder = hugging_face_folder(config.model.from_pretrained)
     if folder is None:
         if config.model.adapter:
@@ -289,9 +296,10 @@ def validate(config: ConfigDict) -> None:
                "model.pooling": ("last", "first", "mean"), "data.source": ("files", "synthetic"),
                "data.document": ("file", "line"),
                "data.mixture_by": ("given", "tokens", "documents"), "data.packing": ("concat", "best_fit", "one"),
-               "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
+               "objective.kl": ("forward", "reverse"), "data.errors": ("strict", "replace"), "data.on_error": ("stop", "skip"),
                "data.array_record": ("json", "text", "tf_example"), "observe.progress": ("auto", "live", "lines", "none"),
-               "eval.metric": ("loss", "perplexity", "bits_per_byte", "accuracy"), "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
+               "eval.metric": ("loss", "perplexity", "bits_per_byte", "accuracy"),
+               "schedule.decay_shape": ("linear", "1-sqrt"), "kernels.loss": ("auto", "plain", "chunked"),
                "kernels.context": ("ring", "all_gather"),
                "model.expert_form": ("swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_exact", "relu", "relu2"),
                "model.router_score": ("softmax", "sigmoid"), "model.routing": ("dropless", "capacity"),
@@ -345,13 +353,24 @@ def example_problems(c: ConfigDict) -> list[str]:
     check(d.valid_every >= 0 and d.valid_every != 1, f"data.valid_every={d.valid_every}: must be 0 (off), or above 1")
     check(d.folds == 0 or d.form in ("pair", "label", "chat") and d.folds > 1 and 0 <= d.fold < d.folds,
           f"data.folds={d.folds}, data.fold={d.fold}: needs data.form=label, pair or chat, at least 2 folds, and one of them")
-    for objective, form in (("classification", "label"), ("seq2seq", "pair")):
+    for objective, form in (("classification", "label"), ("seq2seq", "pair"), *((name, "preference") for name in PREFERENCE)):
         check(o.name != objective or d.form == form or d.source == "synthetic",
               f"data.form={d.form!r}: objective.name={objective} needs {form!r}")
     check(o.name != "seq2seq" or m.family == "encoder_decoder",
           f"objective.name=seq2seq: model.family={m.family} reads one text; use model.family=encoder_decoder")
     check((o.name == "classification") == bool(m.num_classes) or m.family == "encoder" and o.name != "classification",
           f"model.num_classes={m.num_classes}: goes with objective.name=classification")
+    check(d.form != "preference" or o.name in PREFERENCE,
+          f"objective.name={o.name!r}: data.form=preference needs one of {', '.join(PREFERENCE)}")
+    check(o.name not in (*PREFERENCE, "distillation") or m.family == "decoder",
+          f"model.family={m.family!r}: objective.name={o.name} needs decoder")
+    check(o.name != "dpo" or m.from_pretrained or d.source == "synthetic",
+          "objective.name=dpo: needs model.from_pretrained, a model that answers already; set it to the run of your fine-tuning")
+    check((o.name == "distillation") == bool(o.teacher),
+          f"objective.teacher={o.teacher!r}: goes with objective.name=distillation")
+    check(o.beta > 0 and o.temperature > 0, "objective.beta, objective.temperature: must be above 0")
+    check(0 <= o.teacher_weight <= 1, f"objective.teacher_weight={o.teacher_weight}: must be from 0 to 1")
+    check(o.name != "dpo" or o.label_smoothing < 0.5, f"objective.label_smoothing={o.label_smoothing}: of dpo must be below 0.5")
     check(o.name == "classification" or not o.class_weights,
           "objective.class_weights: is of objective.name=classification; remove it")
     check(not o.class_weights or len(o.class_weights) == m.num_classes and min(o.class_weights) >= 0,

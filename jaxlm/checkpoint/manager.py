@@ -156,7 +156,7 @@ class Checkpoints:
         object owns the directory, moved to `checkpoints_damaged/` beside it; the one before it is used.
         Raises UserError if it belongs to another model, or if none is whole.
         """
-        return self._newest_whole(lambda step, leaves: self._read(step, leaves, abstract_state, partial=False))
+        return self._newest_whole(lambda step, leaves: self._read(step, leaves, abstract_state, partial=False), self.steps())
 
     def leaves(self) -> dict:
         """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint. Raises UserError: there is none."""
@@ -166,14 +166,13 @@ class Checkpoints:
         return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())["leaves"]
 
     def restore_params(self, abstract_params, name: str = "params", step: int | None = None):
-        """Only the subtree `name` (params or ema) of checkpoint `step`, or, where it is None, of the newest whole one."""
+        """Only the subtree `name` (params or ema) of the newest whole checkpoint, or of that of `step` and no other."""
         read = lambda step, leaves: self._read(step, leaves, {name: abstract_params}, partial=True)
-        return self._newest_whole(read, None if step is None else [step])[1][name]
+        return self._newest_whole(read, self.steps() if step is None else [step])[1][name]
 
-    def _newest_whole(self, read, steps: list[int] | None = None):
-        """steps: those that will do, ascending; None: all."""
+    def _newest_whole(self, read, steps: list[int]):
         damaged = []  # (step, reason); moved only once an older one is known to be whole
-        for step in reversed(self.steps() if steps is None else steps):
+        for step in reversed(steps):
             tree, leaves, reason = None, None, None
             try:
                 meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())

@@ -130,7 +130,8 @@ class ExampleRows:
 
     def __init__(self, store, seq_len: int, form, packing: str, source: Source | None = None, documents=None):
         self.store, self.seq_len, self.form, self.source, self.packing = store, seq_len, form, source, packing
-        self.num_bytes, self.starts = store.num_bytes, np.append(store.document_starts, store.num_tokens)
+        self.num_bytes = store.num_bytes if form.group == 1 else 0  # the loss of a preference is not of text
+        self.starts = np.append(store.document_starts, store.num_tokens)
         told_at = np.flatnonzero(store.marks(0, store.num_tokens))
         place = np.searchsorted(told_at, self.starts)
         lengths, told = np.diff(self.starts), np.diff(place)

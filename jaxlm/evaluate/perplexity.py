@@ -5,9 +5,12 @@ import math
 
 import jax
 
+from jaxlm.objectives.objective import MEANS
+
 
 def evaluate(eval_step, params, batches, put, num_bytes: float) -> dict:
-    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}, and "accuracy" where the objective tells it.
+    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}, and "accuracy" and those of MEANS where the
+    objective tells them.
 
     batches: iterable of host batches that covers the split; put: host batch -> device batch.
     num_bytes: UTF-8 bytes of the text whose tokens are the targets; 0: they are no text, and have no bits_per_byte.
@@ -43,4 +46,5 @@ def told(totals, num_bytes: float) -> dict:
         result["bits_per_byte"] = totals["nll"] / math.log(2) / num_bytes
     if totals["examples"]:
         result |= {"accuracy": totals["correct"] / totals["examples"], "examples": int(totals["examples"])}
+    result |= {name: totals[name] / totals["weight"] for name in MEANS if name in totals}
     return {**result, "tokens": int(totals["weight"])}

@@ -49,31 +49,16 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
     same pass, while its logits are there (as Liger Kernel does, arXiv:2410.10989): they are never all in memory, and never
     computed twice; "auto" chunks when there would be more logits than `CHUNK_ABOVE`. Chunked, only the first sum has a gradient.
     """
-    B, T, D = x_BTD.shape
     V = kernel_DV.shape[1]
     kernel_DV = kernel_DV.astype(x_BTD.dtype)
 
     def sums(x, kernel, targets, mask):
-        logits = constrain(dense(x, kernel), "batch", "seq", "vocab")
-        if cap:
-            logits = cap * jnp.tanh(logits.astype(jnp.float32) / cap)
-        loss, nll = token_losses(logits, targets, z_loss, label_smoothing)
+        loss, nll = token_losses(head_logits(x, kernel, cap), targets, z_loss, label_smoothing)
         return jnp.sum(loss * mask), jnp.sum(nll * mask)
 
-    context, devices = mesh_size("context"), mesh_size("data", "fsdp", "expert", "context", "tensor")
-    chunks = number_of_chunks(B * T * V / devices, method)
-    while T // context % chunks:  # slices of equal length
-        chunks += 1
+    chunks = chunks_of(targets_BT.shape, V, method)
     if chunks == 1:
         return sums(x_BTD, kernel_DV, targets_BT, mask_BT)
-
-    def slices(*arrays):
-        # Along the part of the sequence that each device holds: any other cut would move data.
-        return tuple(a.reshape(B, context, chunks, -1, *a.shape[2:]).transpose(2, 0, 1, *range(3, a.ndim + 2))
-                     .reshape(chunks, B, -1, *a.shape[2:]) for a in arrays)
-
-    def whole(slices_CBTD):
-        return slices_CBTD.reshape(chunks, B, context, -1, D).transpose(1, 2, 0, 3, 4).reshape(B, T, D)
 
     @jax.custom_vjp
     def chunked(x, kernel, targets, mask):
@@ -81,7 +66,7 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
             loss, nll = sums(piece[0], kernel, *piece[1:])
             return (total[0] + loss, total[1] + nll), None
 
-        return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), slices(x, targets, mask))[0]
+        return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), cut(chunks, x, targets, mask))[0]
 
     def forward(x, kernel, targets, mask):
         def add(total, piece):
@@ -90,8 +75,8 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
             return (total[0] + loss, total[1] + nll, total[2] + dkernel.astype(jnp.float32)), dx
 
         zero = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32))
-        (loss, nll, dkernel), dxs = jax.lax.scan(add, zero, slices(x, targets, mask))
-        return (loss, nll), (whole(dxs), dkernel)
+        (loss, nll, dkernel), dxs = jax.lax.scan(add, zero, cut(chunks, x, targets, mask))
+        return (loss, nll), (join(dxs), dkernel)
 
     def backward(gradients, cotangents):
         dx, dkernel = gradients
@@ -100,3 +85,41 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
 
     chunked.defvjp(forward, backward)
     return chunked(x_BTD, kernel_DV, targets_BT, mask_BT)
+
+
+def by_slices(function, vocab_size: int, method: str, *arrays):
+    """function(*arrays (B, T, ...)) -> tree of arrays (B, T), of a function that makes `vocab_size` logits of each token and has
+    them in memory for a slice of the sequence only, where `cross_entropy` would; in the backward pass they are made again."""
+    chunks = chunks_of(arrays[0].shape[:2], vocab_size, method)
+    if chunks == 1:
+        return function(*arrays)
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda piece: function(*piece)), cut(chunks, *arrays)))
+
+
+def head_logits(x_BTD, kernel_DV, cap: float):
+    logits_BTV = constrain(dense(x_BTD, kernel_DV.astype(x_BTD.dtype)), "batch", "seq", "vocab")
+    return cap * jnp.tanh(logits_BTV.astype(jnp.float32) / cap) if cap else logits_BTV
+
+
+def chunks_of(shape_BT: tuple[int, int], V: int, method: str) -> int:
+    """Slices of equal length."""
+    (B, T), devices = shape_BT, mesh_size("data", "fsdp", "expert", "context", "tensor")
+    chunks = number_of_chunks(B * T * V / devices, method)
+    while T // mesh_size("context") % chunks:
+        chunks += 1
+    return chunks
+
+
+def cut(chunks: int, *arrays):
+    """(B, T, ...) -> (chunks, B, T / chunks, ...), along the part of the sequence that each device holds: any other cut would
+    move data."""
+    B, context = arrays[0].shape[0], mesh_size("context")
+    return tuple(a.reshape(B, context, chunks, -1, *a.shape[2:]).transpose(2, 0, 1, *range(3, a.ndim + 2))
+                 .reshape(chunks, B, -1, *a.shape[2:]) for a in arrays)
+
+
+def join(a_CBT):
+    """The inverse of `cut`, of one array."""
+    (C, B), rest = a_CBT.shape[:2], a_CBT.shape[3:]
+    a = a_CBT.reshape(C, B, mesh_size("context"), -1, *rest)
+    return a.transpose(1, 2, 0, 3, *range(4, a.ndim)).reshape(B, -1, *rest)

@@ -1,6 +1,6 @@
 """The objective that a config names."""
 
-from jaxlm.objectives import classification, next_token, seq2seq  # noqa: F401  register themselves
+from jaxlm.objectives import classification, distillation, next_token, preference, seq2seq  # noqa: F401  register themselves
 from jaxlm.objectives.objective import OBJECTIVES
 
 

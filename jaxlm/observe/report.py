@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 
+from jaxlm.observe.fitting import LEAST, judge
+
 STYLE = """
 :root{--fg:#1c1e21;--bg:#fff;--dim:#6a7078;--line:#e3e6ea;--card:#f6f7f9;--a:#2563eb;--b:#dc6803}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e8eb;--bg:#14161a;--dim:#969da6;--line:#2c3037;--card:#1c1f25;--a:#6ea0ff;--b:#ffa04d}}
@@ -16,6 +18,9 @@ font:15px/1.5 system-ui,sans-serif}h1{font-size:24px;margin:0 0 2px}h2{font-size
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(460px,1fr));gap:14px}.charts>div:first-child{grid-column:1/-1}
 svg{width:100%;height:auto;background:var(--card);border-radius:8px}svg text{fill:var(--dim);font-size:11px}
 .grid{stroke:var(--line)}.raw{stroke:var(--a);opacity:.3}.smooth{stroke:var(--a);stroke-width:1.8}.valid{stroke:var(--b);stroke-width:2}
+.gap{fill:var(--b);opacity:.13}.best{stroke:var(--b);stroke-dasharray:4 3}
+.verdict{background:var(--card);border-left:4px solid var(--b);border-radius:0 8px 8px 0;padding:9px 14px;margin:0 0 14px}
+.verdict b::first-letter{text-transform:uppercase}
 svg .label{fill:var(--b);font-weight:600;font-size:12px}svg .title{fill:var(--fg);font-size:13px;font-weight:600}
 pre{background:var(--card);border-radius:8px;padding:12px 14px;overflow:auto;white-space:pre-wrap;font-size:13px}
 table{border-collapse:collapse;width:100%;font-size:13px}td{border-top:1px solid var(--line);padding:3px 8px}
@@ -33,6 +38,7 @@ def write_report(workdir: str) -> str:
     lines, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
     train = [x for x in lines if x["split"] == "train"]
     valid = [x for x in lines if x["split"] == "valid/all"]
+    loss, valid_loss = pairs(train, "loss"), pairs(valid, "loss")
     page = folder / "report.html"
     temporary = folder / "report.html.tmp"
     temporary.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">
@@ -40,8 +46,9 @@ def write_report(workdir: str) -> str:
 <style>{STYLE}</style><h1>{html.escape(folder.resolve().name)}</h1>
 <div class="dim">{html.escape(headline(config, summary))}</div>
 <div class="tiles">{"".join(tile(*t) for t in tiles(summary, train, valid))}</div>
+{about_fit(judge(loss, valid_loss))}
 <div class="charts">
-{chart("Loss (nats per token)", pairs(train, "loss"), pairs(valid, "loss"), wide=True)}
+{chart("Loss", loss, valid_loss, wide=True)}
 {chart("Tokens per second", pairs(train, "tokens_per_second"))}
 {chart("Gradient norm", pairs(train, "grad_norm"))}
 {chart("Learning rate", pairs(train, "learning_rate"), smooth=False)}
@@ -100,6 +107,11 @@ def tile(name, value) -> str:
     return f'<div class="tile"><span class="dim">{name}</span><b>{value}</b></div>'
 
 
+def about_fit(verdict) -> str:
+    what, colon, why = verdict.text.partition(":")
+    return f'<p class="verdict"><b>{html.escape(what)}</b>{colon}{html.escape(why)}</p>'
+
+
 def pairs(lines, name) -> list[tuple[float, float]]:
     return [(x["step"], x[name]) for x in lines if field(x, name) is not None]
 
@@ -128,12 +140,25 @@ def chart(title: str, points, valid=(), wide=False, smooth=True) -> str:
     if smooth:
         parts.append(f'<path class="smooth" fill="none" d="{path(running_mean(points))}"/>')
     if valid:
+        if gap := gap_between(running_mean(points) if smooth else points, valid):
+            parts.append(f'<path class="gap" d="{path(gap)}Z"/>')
+        if len(valid) >= LEAST:
+            x, y = min(valid, key=lambda point: point[1])
+            parts.append(f'<line class="best" x1="{sx(x):.1f}" x2="{sx(x):.1f}" y1="{top}" y2="{height - bottom}"/>'
+                         f'<text x="{sx(x) - 5:.1f}" y="{top + 12}" text-anchor="end">lowest at {x:,}: {y:.4f}</text>')
         parts.append(f'<path class="valid" fill="none" d="{path(valid)}"/>')
         parts += [f'<circle cx="{sx(x):.1f}" cy="{sy(y):.1f}" r="3.2" fill="var(--b)"/>' for x, y in valid]
         x, y = valid[-1]
         parts.append(f'<text class="label" x="{sx(x) + 7:.1f}" y="{sy(y) + 4:.1f}">{y:.4f}</text>')
-        parts.append(f'<text x="{width - 70}" y="20" text-anchor="end">blue: train · orange: validation</text>')
+        parts.append(f'<text x="{width - 70}" y="20" text-anchor="end">blue: train · orange: validation · shaded: the gap</text>')
     return f'<div><svg viewBox="0 0 {width} {height}">{"".join(parts)}</svg></div>'
+
+
+def gap_between(points, valid) -> list[tuple[float, float]]:
+    """The outline of what lies between two curves, over the steps of both; [] where that is no area."""
+    first, last = max(points[0][0], valid[0][0]), min(points[-1][0], valid[-1][0])
+    over, under = ([p for p in curve if first <= p[0] <= last] for curve in (valid, points))
+    return [*over, *reversed(under)] if len(over) > 1 and len(under) > 1 else []
 
 
 def number_of(y: float) -> str:

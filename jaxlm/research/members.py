@@ -78,6 +78,9 @@ class Members:
         if "model.dropout" in self.varied:
             base.model.dropout = max(self.varied["model.dropout"])  # on, in what is built before members differ
         self.data, self.program, self.base = build(base, overrides, devices[:1])
+        if self.program.frozen:
+            raise UserError(f"objective.name={base.objective.name}: looks at a second model, which an ensemble has no place for; "
+                            "train each run by itself")
         self.dynamic = [key for key in self.varied if key not in OWN]
         check_traceable(self)
         self.hyper = [self.numbers_of(config) for config in configs]
@@ -136,7 +139,7 @@ class Members:
     def compile(self):
         """-> (step, seconds): step(states, batch) -> (states, metrics), to be read with `read`."""
         began, program = time.time(), self.program
-        state, batch, _ = program.inputs
+        state, batch, *_ = program.inputs
         hyper = {name: jax.ShapeDtypeStruct((), a.dtype) for name, a in self.hyper[0].items()}
         with target.building_for(self.mesh.devices.flat[0]):
             if not self.together:

@@ -23,6 +23,7 @@ from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_by
 from jaxlm.parallel.compile import empty_compile_cache
 from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.rules import replicated
+from jaxlm.train.frozen import read_frozen
 from jaxlm.train.rundir import git_commit
 from jaxlm.train.step import build_program
 
@@ -51,7 +52,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
         config = config.copy_and_resolve_references()
         config.data.source = "synthetic"
     data, program, config = build(config, overrides)
-    hyper = put_everywhere(program.hyper, replicated(program.mesh))
+    hyper, frozen = put_everywhere(program.hyper, replicated(program.mesh)), read_frozen(program, config)
 
     # ---- Compile, with and without what the cache keeps ----------------------------------------------------------------
     with empty_compile_cache():
@@ -68,7 +69,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     def run(steps):
         nonlocal state
         for _ in range(steps):
-            state, metrics = step_fn(state, next(batches), hyper)
+            state, metrics = step_fn(state, next(batches), hyper, *frozen)
         jax.block_until_ready((state, metrics))
         return metrics
 

@@ -30,9 +30,10 @@ from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
+from jaxlm.train.frozen import check_frozen, read_frozen
 from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.record import cost_of, summarise, train_line
-from jaxlm.train.rundir import completed_summary, open_run_directory, write_json
+from jaxlm.train.rundir import completed_summary, keep_tokenizer, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
 from jaxlm.train.step import build_eval_step, build_program
 from jaxlm.train.stop import Patience, StopSignal
@@ -79,6 +80,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     compiled = load_executable(executable, program) if executable else None
     share(lambda: open_run_directory(workdir, full_config, allow_config_change, program.compiler_options, data.fingerprint),
           "run directory")
+    share(lambda: keep_tokenizer(workdir, full_config, data.tokenizer), "tokenizer")
     alive("starting", SLOW)
     process_log.open_log(workdir, process_id(), num_processes())
     process_log.write(about_processes())
@@ -92,14 +94,14 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         return done
     checkpoints.require_room(program.state)
     alive("restoring" if latest is not None else "initialising", SLOW)
-    untaken = []
+    untaken, meta, frozen = [], {}, read_frozen(program, full_config)
     if latest is not None:
-        _, state, _ = checkpoints.restore(program.state)
+        _, state, meta = checkpoints.restore(program.state)
     else:
         state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
             state["params"], untaken = pretrained_params(program, full_config, state["params"])
-    start = int(state["step"])
+    start, frozen_marks = int(state["step"]), check_frozen(meta, frozen, full_config)
     patience = patience_at(start)
     writers.truncate_after(start)
     alive("compiling", SLOW)
@@ -107,7 +109,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
     step_fn, compile_seconds = (compiled, 0.0) if compiled else program.compile()
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
-    eval_step = jit(mesh, build_eval_step(model, program.objective))
+    eval_step = jit(mesh, build_eval_step(model, program.objective, program.frozen))
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     cost = cost_of(config, program)
@@ -145,13 +147,16 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
               "train_loss": None, "speeds": []}
     generator = None
 
+    def evaluated(params, batch):
+        return eval_step(params, batch, *frozen)
+
     def averaged():
         return state["ema"] if "ema" in state else state["params"]
 
     def run_evaluation(step):
         nonlocal generator
         if data.valid is not None:
-            lines = evaluate_split(eval_step, averaged(), data.valid, eval_feed, eval_batches)
+            lines = evaluate_split(evaluated, averaged(), data.valid, eval_feed, eval_batches)
             if answers:
                 lines["all"] |= answers.score(answers.write(averaged()))
             totals["valid"], totals["improved"] = lines["all"], patience.saw({"step": step, **lines["all"]})
@@ -176,7 +181,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     def save(step, evaluated):
         metrics = totals["valid"] if evaluated and totals["valid"] else None
-        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step})
+        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step,
+                                                 "frozen": frozen_marks})
 
     def finish(status, exit_code, step):
         alive("saving", SLOW)
@@ -243,7 +249,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 if saving:  # once more when it has ended
                     saving = checkpoints.is_saving()
                     heap.give_back_freed_memory()
-                state, metrics = step_fn(state, batch, hyper)
+                state, metrics = step_fn(state, batch, hyper, *frozen)
                 if pending:
                     read_back(pending)
                 pending = (step, metrics, clock.now() if in_turn else None)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxlm.models.moe import ROUTER_METRICS
+from jaxlm.objectives.objective import MEANS
 from jaxlm.observe.throughput import flops_per_token, peak_flops, peak_memory_bytes
 
 
@@ -29,7 +30,7 @@ def train_line(step: int, tokens: int, metrics: dict, rates: dict, cost: Cost, e
     speed, peak = rates["tokens_per_second"], cost.peak
     return {"split": "train", "step": step, "tokens": tokens, "loss": metrics["loss"],
             "learning_rate": metrics["learning_rate"], "grad_norm": metrics["grad_norm"], **rates,
-            **{k: metrics[k] for k in ROUTER_METRICS if k in metrics},
+            **{k: metrics[k] for k in (*ROUTER_METRICS, *MEANS) if k in metrics},
             "mfu": speed * cost.causal_flops / peak if peak and speed else None,
             "mfu_palm": speed * cost.palm_flops / peak if peak and speed else None, "elapsed_seconds": elapsed}
 

@@ -9,6 +9,7 @@ import subprocess
 
 from jaxlm.config import diff, fingerprint
 from jaxlm.data.store import changed_sources
+from jaxlm.data.tokenizers import learns
 from jaxlm.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy", "tokenizers")
@@ -51,6 +52,13 @@ def open_run_directory(workdir: str, config, allow_config_change: bool, compiler
                         "directory") from error
 
 
+def keep_tokenizer(workdir: str, config, tokenizer) -> None:
+    """<workdir>/tokenizer.json, of a tokenizer that was made of the run's text: what starts from the run takes it over, and
+    `data.tokenizer=<workdir>` names it. A tokenizer that came as a file stays where it is."""
+    if learns(config):
+        write_text(os.path.join(workdir, "tokenizer.json"), tokenizer.to_json())
+
+
 def completed_summary(workdir: str) -> dict | None:
     """summary.json of a run that is done: running its command again changes nothing."""
     file = pathlib.Path(workdir, "summary.json")
@@ -59,9 +67,13 @@ def completed_summary(workdir: str) -> dict | None:
 
 
 def write_json(file, value) -> None:
+    write_text(file, json.dumps(value, indent=1))
+
+
+def write_text(file, text: str) -> None:
     temporary = f"{file}.tmp{os.getpid()}"
-    with open(temporary, "w") as out:
-        json.dump(value, out, indent=1)
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.write(text)
     os.replace(temporary, file)
 
 

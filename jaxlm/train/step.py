@@ -16,6 +16,7 @@ from jaxlm.data.feed import Feed
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import balance_biases, router_metrics
 from jaxlm.objectives.build import build_objective
+from jaxlm.objectives.objective import MEANS
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
 from jaxlm.parallel import target
@@ -24,14 +25,16 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, constrain, replicated, under_mesh
+from jaxlm.train.frozen import Frozen, build_frozen
 from jaxlm.train.state import Model, build_init, build_model, flatten_paths, lay_out, part_of, state_shardings, with_part
 
 
-def build_train_step(config, model, objective, optimizer, schedule):
-    """-> train_step(state, batch, hyper) -> (state, metrics), to be jitted with `state` donated.
+def build_train_step(config, model, objective, optimizer, schedule, frozen=None):
+    """-> train_step(state, batch, hyper[, own]) -> (state, metrics), to be jitted with `state` donated.
 
     batch: arrays (B, T), B = config.batch_size.
     hyper: traced scalars {"learning_rate", "weight_decay", "seed"}, so that an ensemble of them is one `vmap`.
+    own: with a `frozen` model, its own parameters.
     metrics: float32 scalars; loss is nats per target token over the whole batch; bad_leaf is the index (in the order of
     `flatten_paths` of what trains) of the first gradient that is not finite, -1 if all are.
     """
@@ -40,7 +43,7 @@ def build_train_step(config, model, objective, optimizer, schedule):
     balanced = "layers/feedforward/router/bias" in flatten_paths(model.trained)
     bias_rate = config.model.bias_update_rate if balanced else 0.0
 
-    def train_step(state, batch, hyper):
+    def train_step(state, batch, hyper, own=None):
         params, step = state["params"], state["step"]
         keys_B = None
         if dropout:  # a key for each row of the batch, so that neither accumulation nor mesh changes what is dropped
@@ -50,7 +53,8 @@ def build_train_step(config, model, objective, optimizer, schedule):
         def loss_fn(trained, rows):
             micro, keys_B = rows
             micro = {name: constrain(a, "batch", "seq") for name, a in micro.items()}
-            loss_sum, weight_sum, aux = objective(nnx.merge(model.graph, with_part(params, trained)), micro, keys_B=keys_B)
+            module = nnx.merge(model.graph, with_part(params, trained))
+            loss_sum, weight_sum, aux = objective(module, micro, keys_B=keys_B, **beside(frozen, params, own))
             return loss_sum, (weight_sum, aux)
 
         def gradient(rows):
@@ -107,21 +111,26 @@ def build_train_step(config, model, objective, optimizer, schedule):
             "tokens": weight,
             "finite": finite,
             "bad_leaf": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
-            **router_metrics(aux, weight),
+            **router_metrics(aux, weight), **{name: aux[name] / weight for name in MEANS if name in aux},
         }
         return {"step": step + 1, **new_state}, metrics
 
     return train_step
 
 
-def build_eval_step(model, objective):
-    """-> eval_step(params, batch) -> {"nll", "weight" and what else the objective tells: scalars}, sums."""
+def build_eval_step(model, objective, frozen=None):
+    """-> eval_step(params, batch[, own]) -> {"nll", "weight" and what else the objective tells: scalars}, sums."""
 
-    def eval_step(params, batch):
-        _, weight, aux = objective(nnx.merge(model.graph, params), batch)
+    def eval_step(params, batch, own=None):
+        _, weight, aux = objective(nnx.merge(model.graph, params), batch, **beside(frozen, params, own))
         return {"weight": weight, **{name: value for name, value in aux.items() if not value.ndim}}
 
     return eval_step
+
+
+def beside(frozen: Frozen | None, params, own) -> dict:
+    """What an objective is given besides."""
+    return {"frozen": frozen.module(params, own)} if frozen else {}
 
 
 # ---- The program --------------------------------------------------------------------------------------------------------------
@@ -147,17 +156,20 @@ class Program(NamedTuple):
     compiler_options: dict  # of XLA
     source_len: int  # S of SOURCE_INPUTS, which the batches of an encoder-decoder have; 0: they have none
     layout: str  # why this mesh, where `mesh.auto` chose it
+    frozen: Frozen | None  # what the objective looks at beside the model
+    frozen_inputs: tuple  # (a ShapeDtypeStruct with its sharding for each parameter of its own,), or ()
 
     @property
     def inputs(self) -> tuple:
-        """A ShapeDtypeStruct with its sharding for each array that `train_step` takes: (state, batch, hyper)."""
+        """A ShapeDtypeStruct with its sharding for each array that `train_step` takes: (state, batch, hyper), and
+        the parameters of `frozen` where it is there."""
         everywhere = replicated(self.mesh)
         B, T = self.feed.shape
         arrays = [(name, dtype, T) for name, dtype in INPUTS.items()]
         arrays += [(name, dtype, self.source_len) for name, dtype in SOURCE_INPUTS.items()] if self.source_len else []
         batch = {name: jax.ShapeDtypeStruct((B, length), dtype, sharding=self.feed.sharding) for name, dtype, length in arrays}
         hyper = {name: jax.ShapeDtypeStruct((), a.dtype, sharding=everywhere) for name, a in self.hyper.items()}
-        return self.state, batch, hyper
+        return self.state, batch, hyper, *self.frozen_inputs
 
     def lower(self) -> jax.stages.Lowered:
         """`train_step` as the compiler is given it, its state donated."""
@@ -189,7 +201,8 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
             backend, why = config.kernels.context, "mesh.context cuts the sequence up"
         objective = build_objective(config)
         optimizer, schedule = build_optimizer(config, model.trained), build_schedule(config)
-        train_step = build_train_step(config, model, objective, optimizer, schedule)
+        frozen = build_frozen(config, objective, model)
+        train_step = build_train_step(config, model, objective, optimizer, schedule, frozen)
         init = build_init(config, model, optimizer)
         state = jax.eval_shape(init, 0)
         options = compiler_options(config, mesh.devices.flat[0], mesh.size)
@@ -199,4 +212,5 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
              "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(config.seed)}
     feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
     return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options,
-                   config.data.source_len if config.model.family == "encoder_decoder" else 0, layout)
+                   config.data.source_len if config.model.family == "encoder_decoder" else 0, layout, frozen,
+                   (frozen.abstract(mesh, config.mesh.zero_stage),) if frozen else ())
