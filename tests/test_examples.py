@@ -260,6 +260,7 @@ def test_inspect_shows_what_is_given_and_what_is_told(config):
     assert set(documents) <= known and len(documents) == rows["loss_mask"].sum()
     config.data.form, config.data.classes, config.data.prompt = "pair", (), "{prompt}"
     config.model.family, config.objective.name = "encoder_decoder", "seq2seq"
+    resolve(config)
     data = build_data(config)
     shown = example_pieces({name: a[0] for name, a in data.train.rows.take([0]).items()}, data.tokenizer)
     assert (shown[0]["text"], shown[2]["text"]) in {(r["prompt"], r["target"]) for r in records}
