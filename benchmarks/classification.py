@@ -43,8 +43,8 @@ def main():
     result = {"recipe": args.recipe, "split": args.split, "examples": found["examples"],
               "mean": {name: statistics.mean(run[name] for run in runs) for name in NUMBERS}, "runs": runs}
     if args.crossval:
-        result["crossval"] = json.loads(jaxlm("eval", config, root, f"--crossval={args.crossval}", f"--workdir={args.workdir}/folds",
-                                              "--json"))
+        folds = f"--workdir={args.workdir}/folds"
+        result["crossval"] = json.loads(jaxlm("eval", config, root, f"--crossval={args.crossval}", folds, "--json"))
     save(args.recipe, result)
 
 

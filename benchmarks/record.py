@@ -23,8 +23,8 @@ def check_idle(limit: float = 0.5) -> None:
 def machine() -> dict:
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "scikit-learn",
-                    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy",
+                    "scikit-learn", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
