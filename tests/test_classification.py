@@ -163,7 +163,7 @@ def test_hidden_tokens_are_zero_and_the_others_as_they_were():
     assert hide(x_BTD, 0.25, None) is x_BTD
 
 
-@pytest.mark.parametrize("name", ["sst2_sentiment", "chnsenticorp_sentiment_zh"])
+@pytest.mark.parametrize("name", ["sst2_sentiment", "chnsenticorp_sentiment_zh", "csl_category_zh"])
 def test_recipes_are_of_classification(name):
     config = load(str(pathlib.Path("configs/tasks") / f"{name}.py"))
     assert config.objective.name == "classification" and len(config.data.classes) == config.model.num_classes

@@ -3,8 +3,8 @@
     jaxlm train --config=configs/tasks/chnsenticorp_sentiment_zh.py --workdir=runs/chnsenticorp
     jaxlm eval --workdir=runs/chnsenticorp
 
-The rows held out (number % 10 == 9) are the test: nothing was chosen by them, and training evaluates on them once, after its last
-step. How long to train was chosen by cross-validation on the other rows:
+The rows held out (number % 10 == 9) are the test: nothing is to be chosen by them, and training evaluates on them once, after its
+last step. How long to train is for cross-validation on the other rows to say (not yet tuned):
 
     jaxlm eval --config=configs/tasks/chnsenticorp_sentiment_zh.py --crossval=5 --workdir=runs/chnsenticorp-folds
 """

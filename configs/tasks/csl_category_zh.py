@@ -2,6 +2,8 @@
 
     jaxlm train --config=configs/tasks/csl_category_zh.py --workdir=runs/csl-category
     jaxlm eval --workdir=runs/csl-category --split=test
+
+Not yet tuned.
 """
 
 from configs import default
