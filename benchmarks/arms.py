@@ -261,8 +261,8 @@ def main():
     name, size, batch_size, micro_batch, folder = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to the log
-    from jaxlm.cli import start_jax
     from jaxlm.train.heap import keep_freed_memory
+    from jaxlm.verbs.start import start_jax
 
     config, arm = config_of(size, int(batch_size), int(micro_batch)), None
     for line in sys.stdin:

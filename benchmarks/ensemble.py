@@ -11,8 +11,8 @@ import time
 from record import check_idle, save
 
 from configs import default
-from jaxlm.cli import start_jax
 from jaxlm.config import resolve, validate
+from jaxlm.verbs.start import start_jax
 
 SIZES = {  # layers, width, heads, T, B: the first two leave a device idle most of the time
     "2x32": (2, 32, 2, 32, 4),

@@ -21,9 +21,9 @@ import numpy as np
 from record import check_idle, save
 
 from configs import default
-from jaxlm.cli import start_jax
 from jaxlm.kernels import attention, embedding
 from jaxlm.kernels.matmul import dense, dense_together
+from jaxlm.verbs.start import start_jax
 
 BLOCKS = 5
 

@@ -23,8 +23,8 @@ import numpy as np
 from record import check_idle, save
 
 from configs import shakespeare
-from jaxlm.cli import start_jax
 from jaxlm.config import resolve
+from jaxlm.verbs.start import start_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 

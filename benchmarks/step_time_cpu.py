@@ -14,7 +14,7 @@ import numpy as np
 from record import check_idle, save
 
 from configs import default
-from jaxlm.cli import start_jax
+from jaxlm.verbs.start import start_jax
 
 SIZES = {
     "shakespeare": dict(layers=4, dim=128, heads=4, mlp=512, vocab=65, T=128, B=32, gated=False, tied=True),

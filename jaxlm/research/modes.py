@@ -62,8 +62,8 @@ def print_commands(sweep: Sweep, board: Board, options: Options) -> None:
 @MODES.register("serial")
 def serial(sweep: Sweep, board: Board, options: Options) -> None:
     """One after another in this process, which starts Python and JAX only once."""
-    from jaxlm.cli import start_jax
     from jaxlm.train.loop import train
+    from jaxlm.verbs.start import start_jax
 
     start_jax(sweep.runs[0].config)
     for runs in waves(sweep, board):
@@ -86,8 +86,8 @@ def serial(sweep: Sweep, board: Board, options: Options) -> None:
 @MODES.register("vmap")
 def vmap(sweep: Sweep, board: Board, options: Options) -> None:
     """Runs that differ in numbers alone as one program (`jaxlm.research.ensemble`), one group after another in this process."""
-    from jaxlm.cli import start_jax
     from jaxlm.research.ensemble import train_ensemble
+    from jaxlm.verbs.start import start_jax
 
     start_jax(sweep.runs[0].config)
     for runs in waves(sweep, board):

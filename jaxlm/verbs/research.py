@@ -61,10 +61,10 @@ def serial_is_done(sweep, board, options) -> None:
 
 def finish(sweep, repeats: bool) -> None:
     """When nothing is left to do: the noise of each arm, and the report."""
-    from jaxlm.cli import cache_dir
     from jaxlm.research import noise, report
     from jaxlm.research.runs import arms_of, read_runs
     from jaxlm.research.sweep import status_of
+    from jaxlm.verbs.start import cache_dir
 
     if not any(status_of(run) == "completed" for run in sweep.runs):
         return
@@ -103,10 +103,10 @@ def run_report(args):
         return compare_two(args)
     if args.workdir or len(args.runs) == 1 and os.path.isfile(os.path.join(args.runs[0], "config.json")):
         return rewrite(args)
-    from jaxlm.cli import cache_dir
     from jaxlm.registry import did_you_mean
     from jaxlm.research.report import TESTS, write_report
     from jaxlm.research.statistics import CORRECTIONS
+    from jaxlm.verbs.start import cache_dir
 
     problems = [f"--{name}={getattr(args, name)}: {did_you_mean(getattr(args, name), valid)}"
                 for name, valid in (("test", TESTS), ("correction", CORRECTIONS)) if getattr(args, name) not in valid]
@@ -132,9 +132,9 @@ def rewrite(args):
 
 
 def compare_two(args):
-    from jaxlm.cli import cache_dir
     from jaxlm.research.compare import assert_equal, compare
     from jaxlm.research.runs import Run
+    from jaxlm.verbs.start import cache_dir
 
     a, b = (Run(pathlib.Path(path)) for path in args.compare)
     print("\n".join(compare(a, b, cache_dir())))
@@ -189,7 +189,7 @@ def run_ensemble(args):
     --seeds=4 --vary=optimizer.learning_rate=1e-3,3e-3 makes eight.
     """
     configs, names = members_of(args)
-    from jaxlm.cli import start_jax
+    from jaxlm.verbs.start import start_jax
 
     start_jax(configs[0])
     from jaxlm.observe.watchdog import Watchdog
@@ -228,8 +228,8 @@ def run_mup(args):
 
     model.parametrization=mup, with model.base_embed_dim, makes them. A check that fails exits with 2.
     """
-    from jaxlm.cli import start_alone
     from jaxlm.config import load
+    from jaxlm.verbs.start import start_alone
 
     config = load(args.config, args.overrides)
     if args.learning_rates and not args.workdir:
