@@ -44,7 +44,8 @@ def main():
     of = lambda answers: score(config.eval.text_metrics, answers, references)
     task = next(task for task in FIELDS if args.name.startswith(task))
     save(args.name, {
-        "note": args.note, "split": args.split, "answers": len(lines), "seed": config.seed, "scores": of([line["answer"] for line in lines]),
+        "note": args.note, "split": args.split, "answers": len(lines), "seed": config.seed,
+        "scores": of([line["answer"] for line in lines]),
         "trivial": {name: {key: value for key, value in of([answer(line) for line in lines]).items() if "signature" not in key}
                     for name, answer in FIELDS[task].items()},
         "samples": [{key: line[key] for key in ("prompt", "answer", "references")} for line in lines[:5]],
