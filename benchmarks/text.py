@@ -1,6 +1,6 @@
 """What a run's answers score, beside trivial answers to the same prompts: `jaxlm eval` first, then
 
-    python benchmarks/text.py NAME WORKDIR [--split=test]
+    python benchmarks/text.py NAME WORKDIR [--split=test] [--note=TEXT]
 
 -> benchmarks/results/<date>-NAME.json, with the run's config, seed and summary. Every score is computed anew here from
 WORKDIR/predictions-<split>.jsonl; the trivial answers are made of the records.
@@ -31,6 +31,7 @@ def main():
     parser.add_argument("name", help="of the result; begins with one of " + ", ".join(FIELDS))
     parser.add_argument("workdir")
     parser.add_argument("--split", default="test", choices=("valid", "test"))
+    parser.add_argument("--note", default="", help="what one must know of the run")
     args = parser.parse_args()
     config, folder = config_of_run(args.workdir), pathlib.Path(args.workdir)
     lines = [json.loads(line) for line in (folder / f"predictions-{args.split}.jsonl").read_text().splitlines()]
@@ -43,7 +44,8 @@ def main():
     of = lambda answers: score(config.eval.text_metrics, answers, references)
     task = next(task for task in FIELDS if args.name.startswith(task))
     save(args.name, {
-        "split": args.split, "answers": len(lines), "seed": config.seed, "scores": of([line["answer"] for line in lines]),
+        "note": args.note, "split": args.split, "answers": len(lines), "seed": config.seed,
+        "scores": of([line["answer"] for line in lines]),
         "trivial": {name: {key: value for key, value in of([answer(line) for line in lines]).items() if "signature" not in key}
                     for name, answer in FIELDS[task].items()},
         "samples": [{key: line[key] for key in ("prompt", "answer", "references")} for line in lines[:5]],

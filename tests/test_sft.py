@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_a_model_with_adapters_or_without(folder, more):
     name = "lora" if more else "full"
     lines = train(folder, name, *chatting(folder), f"--config.model.from_pretrained={folder}/run", "--config.steps=12", *more)
     base = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert lines[-1]["loss"] < base["loss"] - 0.05 and lines[-1]["bits_per_byte"] > 0
+    assert lines[-1]["loss"] < base["loss"] - 0.02 and lines[-1]["bits_per_byte"] > 0
     before, after = (flatten_paths(open_run(f"{folder}/{run}").params) for run in ("run", name))
     moved = {path for path in after if path not in before or not np.array_equal(before[path], after[path])}
     assert moved == ({path for path in after if "lora" in path} if more else set(after))

@@ -4,9 +4,9 @@
     jaxlm train --config=configs/tasks/chat_sft.py:scratch --workdir=runs/sft    # a small model of its own, to see it work
     jaxlm chat --workdir=runs/sft
 
-Of the small model (2.6 M parameters, 3,251 conversations, 2 M tokens): validation loss 4.02 nats per token, 1.54 bits per
-byte, in 20 minutes on a share of 2 busy CPU cores. It answers in English words and in lists, and makes no sense: it has seen
-no other text.
+Of the small model (2.6 M parameters, 3,251 conversations, 2 M tokens): validation loss 4.02 nats per token, 1.54 bits per byte,
+in 20 minutes on a share of 2 busy CPU cores. It answers in English words and in lists, and makes no sense: it has seen no other
+text.
 """
 
 from configs import default

@@ -1,4 +1,6 @@
-"""One-sentence summaries of abstracts (SciTLDR-A, Cachola et al. 2020), from scratch, on two CPU cores.
+"""One-sentence summaries of abstracts (SciTLDR-A, Cachola et al. 2020), from scratch, on two CPU cores: about ten minutes, and
+ROUGE 18.8 / 5.7 / 17.2 on test. That is below what needs no model: the first sentence has 31.3 / 12.3 / 25.0, the title 40.4 /
+21.6 / 34.7. 1,992 examples teach a model that has read nothing else the form of a summary, not what to take from the text.
 
     jaxlm train --config=configs/tasks/scitldr_summary.py --workdir=runs/scitldr
     jaxlm eval --workdir=runs/scitldr --split=test
