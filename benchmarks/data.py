@@ -5,7 +5,7 @@
 Tokenising: a jsonl of lines of the text, again and again up to the size asked for. `tokenizers` alone gets the documents as a
 list in memory, `encode_batch_fast` on as many threads, ids taken and thrown away; jaxlm hashes, reads, parses, tokenises, writes,
 syncs and opens the store. Each arm is a process of its own, its imports not timed; median of three, arms interleaved.
-Loading: batches of 8 x 1,024 of the store; nanoGPT's loader (random windows of a memmap; numpy only, so without its copy to
+Loading: batches of 8 x 1,024 of the store, and of a mixture of three (a third of the text each, weights 0.5, 0.3, 0.2); nanoGPT's loader (random windows of a memmap; numpy only, so without its copy to
 torch), and Hugging Face `datasets` (rows of 1,025 ids, shuffled, numpy format). "training thread" is what a step of 5 ms waits.
 """
 
@@ -116,6 +116,15 @@ def loading(path, tokenizer, folder, workers) -> dict:
     store = build_data(config).train.rows.store
     ids = np.asarray(store.tokens(0, store.num_tokens), np.uint16)
     for name, isolate in (("jaxlm", False), ("jaxlm, documents isolated", True)):
+        config.data.isolate_documents = isolate
+        batches = build_data(config).train
+        out[name] = {**rate(batches.batch), "training_thread_milliseconds": waits(batches)}
+    lines, shares = pathlib.Path(path).read_text().splitlines(True), (("a", 0.5), ("b", 0.3), ("c", 0.2))
+    for i, (name, _) in enumerate(shares):
+        pathlib.Path(folder, f"{name}.jsonl").write_text("".join(lines[i::3]))
+    config.data.mixture = tuple((name, f"{folder}/{name}.jsonl", share) for name, share in shares)
+    config.steps = 100_000
+    for name, isolate in (("jaxlm, a mixture of three sources", False), ("jaxlm, the mixture, documents isolated", True)):
         config.data.isolate_documents = isolate
         batches = build_data(config).train
         out[name] = {**rate(batches.batch), "training_thread_milliseconds": waits(batches)}

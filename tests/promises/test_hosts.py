@@ -21,7 +21,8 @@ BASE = ["--config=configs/default.py", f"--config.steps={STEPS}", "--config.batc
         "--config.model.dropout=0.1", "--config.optimizer.learning_rate=0.01", "--config.eval.batches=3",
         "--config.eval.every_steps=4", "--config.checkpoint.every_steps=2",
         "--config.checkpoint.keep=9", "--config.observe.log_every=1", "--config.observe.report=false",
-        "--config.imports=('row_recorder',)"]
+        "--config.imports=('row_recorder',)",
+        f"--config.data.mixture=(('plays', 'shakespeare', 0.7), ('law', '{pathlib.Path('LICENSE').absolute()}', 0.3))"]
 FSDP, TENSOR = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
 
 
