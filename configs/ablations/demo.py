@@ -11,7 +11,7 @@ from configs import default
 
 def get_config(arg: str = ""):
     c = default.get_config()
-    c.steps = 1000
+    c.steps = 500
     c.batch_size = 8
     c.seq_len = 128
     c.model.num_layers = 3
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     c.schedule.final_fraction = 0.0
     c.schedule.warmup_steps = "5%"
     c.checkpoint.every_steps = 0
-    c.eval.every_steps = "25%"
+    c.eval.every_steps = "20%"
     c.eval.batch_size = 64
     return default.debug(c) if arg == "debug" else c
 
@@ -35,7 +35,7 @@ def sweep(add):
     add.seeds = 5
     add("adamw")  # the baseline: adamw, rope, swiglu
     add("muon", **muon)
-    add("lion", **{"optimizer.name": "lion", "optimizer.learning_rate": 3e-4, "optimizer.b2": 0.99})
+    add("lion", **{"optimizer.name": "lion", "optimizer.learning_rate": 1e-3, "optimizer.b2": 0.99})
     add("learned positions", **{"model.position": "learned"})
     add("relu²", **relu2)
     add("muon + relu²", **muon, **relu2)
