@@ -32,9 +32,9 @@ def stop_ids(tokenizer, names: list[str]) -> frozenset:
 
 
 class Written:
-    """What has come of one prompt. shown: what stands before it."""
+    """What has come of one prompt. shown: what stands before it; None: the prompt."""
 
-    def __init__(self, prompt: str, shown: str, tokenizer, stop: tuple, ends: frozenset):
+    def __init__(self, prompt: str, tokenizer, stop: tuple, ends: frozenset, shown: str | None = None):
         self.prompt, self.shown, self.ends, self.inner, self.done = prompt, shown, ends, Text(tokenizer, stop), False
         self.text, self.tokens, self.log_probability = "", 0, 0.0
 
@@ -49,7 +49,7 @@ class Written:
 
     def line(self, as_json: bool) -> str:
         if not as_json:
-            return self.shown + self.text
+            return (self.prompt if self.shown is None else self.shown) + self.text
         return json.dumps({"prompt": self.prompt, "text": self.text, "tokens": self.tokens,
                            "log_probability": self.log_probability}, ensure_ascii=False)
 
@@ -69,7 +69,7 @@ def write(run, prompts: list[str], num_tokens: int, options: Sampling, *, seed: 
     if is_main() and asked.num_cut:
         print(f"jaxlm: {asked.about_cut(len(prompts))}", file=sys.stderr)
     generator = Generator(run.model, tokenizer.vocab_size, run.config.seq_len, data.source_len)
-    texts = [Written(prompt, prompt if asked.room is None else "", tokenizer, stop, ends) for prompt in prompts]
+    texts = [Written(prompt, tokenizer, stop, ends, None if asked.room is None else "") for prompt in prompts]
     if beams > 1:
         found = BeamSearch(generator, beams, length_penalty).search(run.params, requests)
         for written, request, (best, *_) in zip(texts, requests, found, strict=True):
