@@ -35,7 +35,8 @@ class Written:
     """What has come of one prompt. shown: what stands before it; None: the prompt."""
 
     def __init__(self, prompt: str, tokenizer, stop: tuple, ends: frozenset, shown: str | None = None):
-        self.prompt, self.shown, self.ends, self.inner, self.done = prompt, shown, ends, Text(tokenizer, stop), False
+        self.prompt, self.shown = prompt, prompt if shown is None else shown
+        self.ends, self.inner, self.done = ends, Text(tokenizer, stop), False
         self.text, self.tokens, self.log_probability = "", 0, 0.0
 
     def add(self, token) -> str:
@@ -49,7 +50,7 @@ class Written:
 
     def line(self, as_json: bool) -> str:
         if not as_json:
-            return (self.prompt if self.shown is None else self.shown) + self.text
+            return self.shown + self.text
         return json.dumps({"prompt": self.prompt, "text": self.text, "tokens": self.tokens,
                            "log_probability": self.log_probability}, ensure_ascii=False)
 
