@@ -690,6 +690,7 @@ VERBS = {
     "convert": (run_convert, add_convert),
     "ensemble": (commands.run_ensemble, commands.add_ensemble),
     "mup": (commands.run_mup, commands.add_mup),
+    "scale": (commands.run_scale, commands.add_scale),
     "average": (run_average, add_average),
     "doctor": (run_doctor, lambda verb: None),
 }

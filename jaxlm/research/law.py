@@ -137,3 +137,85 @@ def grid_of(x, y, loss):
 def log_residuals(law: Law, seen: Observations) -> np.ndarray:
     """log of measured over fitted loss, (n,)."""
     return np.log(seen.loss_N) - np.log(law.loss(seen.parameters_N, seen.tokens_N))
+
+
+# ---- How sure it is ------------------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    law: Law
+    draws: tuple[Law, ...]  # of runs drawn anew with replacement
+    noise: float  # standard deviation of log residuals, n - 5 in the denominator
+    runs: int
+
+    def interval(self, of, level: float = 0.95) -> tuple[float, float]:
+        """Percentile bootstrap over runs of `of(law)`."""
+        low, high = np.quantile([of(law) for law in self.draws], [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def predict(self, parameters: float, tokens: float, level: float = 0.95) -> tuple[float, float, float]:
+        """-> (loss, interval in which one run's loss lies): the draws, each with noise of a run; its size is itself an estimate,
+        hence Student's t with n - 5 degrees of freedom."""
+        noise = stats.t(self.runs - len(PARAMETERS)).ppf((np.arange(201) + 0.5) / 201) * self.noise  # all of t alike, not drawn
+        means = np.log([law.loss(parameters, tokens) for law in self.draws])
+        low, high = np.quantile(np.add.outer(means, noise), [(1 - level) / 2, (1 + level) / 2])
+        return float(self.law.loss(parameters, tokens)), math.exp(low), math.exp(high)
+
+
+def fit(seen: Observations, resamples: int = 400, seed: int = 0) -> Fit:
+    """The law and its bootstrap. Raises UserError: not identifiable."""
+    require_identifiable(seen)
+    law = fit_law(seen)
+    generator, n, draws = np.random.default_rng(seed), len(seen.loss_N), []
+    while len(draws) < resamples:
+        chosen = generator.integers(0, n, n)
+        drawn = Observations(*(values[chosen] for values in seen))
+        if min(len(levels(drawn.parameters_N)), len(levels(drawn.tokens_N))) >= FEWEST_LEVELS:  # others tell no exponent
+            draws.append(fit_law(drawn, (law,), tried=1))
+    noise = math.sqrt((log_residuals(law, seen) ** 2).sum() / (n - len(PARAMETERS)))
+    return Fit(law, tuple(draws), noise, n)
+
+
+# ---- IsoFLOP parabolas ---------------------------------------------------------------------------------------------------------
+
+
+class Parabola(NamedTuple):
+    """Loss over log N at one budget (Hoffmann et al., section 3.2)."""
+
+    flops: float  # mean of the runs'
+    parameters: list[float]  # sizes of the runs, from smallest to largest
+    coefficients: list[float]  # of log N: square, linear, constant
+    best_parameters: float | None  # None: no minimum between the smallest and the largest
+    best_loss: float | None
+    words: str  # what is wrong; "" where there is a minimum
+
+
+def parabolas(seen: Observations, flops_N) -> list[Parabola]:
+    """Of each budget (the same within 5 %) with three or more sizes."""
+    found = []
+    for group in levels(np.asarray(flops_N)):
+        x, loss = np.log(seen.parameters_N[group]), seen.loss_N[group]
+        sizes = sorted(seen.parameters_N[group])
+        if len(levels(seen.parameters_N[group])) < 3:
+            continue
+        square, linear, constant = map(float, np.polyfit(x, loss, 2))
+        best = -linear / (2 * square) if square else math.inf
+        inside = square > 0 and x.min() < best < x.max()
+        words = "" if inside else ("the loss does not bend upwards" if square <= 0 else
+                                   f"the minimum lies {'below the smallest' if best <= x.min() else 'above the largest'} size")
+        found.append(Parabola(float(np.mean(np.asarray(flops_N)[group])), [float(s) for s in sizes], [square, linear, constant],
+                              math.exp(best) if inside else None, constant - linear**2 / (4 * square) if inside else None, words))
+    return found
+
+
+def optimal_exponent(found: list[Parabola], level: float = 0.95) -> tuple[float, tuple[float, float] | None] | None:
+    """-> (a of N_opt ~ C^a by least squares over the parabolas' minima, Student's t interval: None below three); None: fewer than
+    two minima."""
+    points = [(math.log(p.flops), math.log(p.best_parameters)) for p in found if p.best_parameters]
+    if len(points) < 2:
+        return None
+    line = stats.linregress(*zip(*points, strict=True))
+    if len(points) == 2:
+        return float(line.slope), None
+    wide = stats.t.isf((1 - level) / 2, len(points) - 2) * line.stderr
+    return float(line.slope), (float(line.slope - wide), float(line.slope + wide))

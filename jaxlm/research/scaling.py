@@ -132,8 +132,13 @@ SHAPE = ("embed_dim", "num_heads", "num_kv_heads", "num_layers", "mlp_dim")
 
 def size_of(config) -> Size:
     """config: resolved."""
-    parameters, flops = count(json.dumps(json.loads(config.to_json()), sort_keys=True), vocabulary(config))
+    parameters, flops = count(config.to_json(sort_keys=True), vocabulary(config))
     return Size({f"model.{key}": config.model[key] for key in SHAPE}, parameters, flops)
+
+
+def inner_parameters(config) -> int:
+    """Without embeddings and head, whatever the vocabulary. config: resolved."""
+    return count(config.to_json(sort_keys=True), 256)[0]
 
 
 @functools.cache
