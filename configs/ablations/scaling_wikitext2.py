@@ -6,9 +6,8 @@
     jaxlm train --config=configs/ablations/scaling_wikitext2.py:largest --workdir=runs/largest --config.data.root=DATA
     jaxlm scale --score runs/prediction --workdir=runs/largest
 
-DATA has wikitext-2/train.txt and valid.txt. Four sizes, 0.1 to 0.8 M parameters without embeddings, each for 1, 2 and 4 tokens per
-parameter; held back is 1.6 M for 2. None sees any text twice: WikiText-2 has about 3.3 M of these tokens. Width by μP, so that one
-learning rate serves all sizes.
+DATA has wikitext-2/train.txt and valid.txt. Four sizes, 0.1 to 0.8 M parameters without embeddings, each for 1, 2 and 4 tokens
+per parameter; held back is 1.6 M for 2. Width by μP, so that one learning rate serves all sizes.
 """
 
 from configs import default

@@ -1,5 +1,5 @@
-"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup` and `scale`. Nothing heavy is imported before the arguments and the
-config are right."""
+"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup`, `scale`. Nothing heavy is imported before the arguments
+and the config are right."""
 
 import argparse
 import itertools
@@ -253,7 +253,7 @@ def run_mup(args):
 def add_scale(verb):
     verb.add_argument("--fit", nargs="+", default=[], metavar="RUN", help="run directories, or the folder of a sweep")
     verb.add_argument("--out", default="", metavar="DIR", help="where the law goes, the prediction, and the page")
-    verb.add_argument("--predict", action="store_true", help="with --fit: foretell the run of --config in --workdir, before it is")
+    verb.add_argument("--predict", action="store_true", help="with --fit: foretell the run of --config in --workdir")
     verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --predict: the larger run; its keys can be set")
     verb.add_argument("--score", default="", metavar="DIR", help="a prediction, by the run in --workdir, which has ended")
     verb.add_argument("--workdir", default="", metavar="RUN", help="the larger run: where it will be, or is")
@@ -263,7 +263,8 @@ def add_scale(verb):
 def run_scale(args):
     """Fit a scaling law to runs, predict a larger one before it exists, and score the prediction when it has ended.
 
-    jaxlm scale --fit RUN... --out=DIR; with --predict --config=FILE --workdir=RUN a prediction too; then --score DIR --workdir=RUN
+    --fit RUN... --out=DIR, with --predict --config=FILE --workdir=RUN a prediction too; when RUN has ended,
+    --score DIR --workdir=RUN
     """
     problems = []
     if bool(args.fit) == bool(args.score):

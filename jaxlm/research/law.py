@@ -1,8 +1,9 @@
 """The scaling law L(N, D) = E + A / N^alpha + B / D^beta, fitted to the losses of runs (Hoffmann et al., arXiv:2203.15556, D.3).
 
-The sum over runs of Huber losses, delta 1e-3, of the residuals of log L is minimised by L-BFGS from a grid of starts. It is a sum,
-divided by delta^2, and not the mean that ended the authors' own search before the minimum (Besiroglu et al., arXiv:2404.10102):
-with numbers of order one the optimiser's tolerances mean something. log N and log D are centred, or a and alpha are all but one.
+The sum over runs of Huber losses, delta 1e-3, of the residuals of log L is minimised by L-BFGS from a grid of starts. It is a
+sum, divided by delta^2, and not the mean that ended the authors' own search before the minimum (Besiroglu et al.,
+arXiv:2404.10102): with numbers of order one the optimiser's tolerances mean something. log N and log D are centred, or log A
+and alpha would be all but one.
 
 No JAX in this file.
 """
@@ -65,14 +66,14 @@ def require_identifiable(seen: Observations) -> None:
     sizes, lengths = (len(levels(values)) for values in (seen.parameters_N, seen.tokens_N))
     problems = []
     if n <= p:
-        problems.append(f"{n} runs for {p} parameters (E, A, alpha, B, beta): nothing is left to tell how sure the fit is; give at "
-                        f"least {p + 1}, better 12")
+        problems.append(f"{n} runs for {p} parameters (E, A, alpha, B, beta): nothing is left to tell how sure the fit is; give "
+                        f"at least {p + 1}, better 12")
     if sizes < FEWEST_LEVELS:
-        problems.append(f"{'all runs have one size' if sizes == 1 else f'there are {sizes} sizes'}: alpha and A cannot be told from "
-                        f"E; give runs of at least {FEWEST_LEVELS} sizes")
+        problems.append(f"{'all runs have one size' if sizes == 1 else f'there are {sizes} sizes'}: alpha and A cannot be told "
+                        f"from E; give runs of at least {FEWEST_LEVELS} sizes")
     if lengths < FEWEST_LEVELS:
-        problems.append(f"{'all runs saw as many tokens' if lengths == 1 else f'there are {lengths} token counts'}: beta and B cannot "
-                        f"be told from E; give runs with at least {FEWEST_LEVELS}")
+        problems.append(f"{'all runs saw as many tokens' if lengths == 1 else f'there are {lengths} token counts'}: beta and B "
+                        f"cannot be told from E; give runs with at least {FEWEST_LEVELS}")
     if not problems and len(levels(seen.tokens_N / seen.parameters_N)) == 1:
         problems.append("all runs have the same tokens per parameter: the terms of N and D cannot be told apart; give runs of "
                         "several ratios: fixed_ratio(config, parameters, (5, 10, 20))")
@@ -171,7 +172,7 @@ def fit(seen: Observations, resamples: int = 400, seed: int = 0) -> Fit:
         chosen = generator.integers(0, n, n)
         drawn = Observations(*(values[chosen] for values in seen))
         if min(len(levels(drawn.parameters_N)), len(levels(drawn.tokens_N))) >= FEWEST_LEVELS:  # others tell no exponent
-            draws.append(fit_law(drawn, (law,), tried=1))
+            draws.append(fit_law(drawn, (law,), tried=0))  # more starts find the same, at five times the cost
     noise = math.sqrt((log_residuals(law, seen) ** 2).sum() / (n - len(PARAMETERS)))
     return Fit(law, tuple(draws), noise, n)
 

@@ -23,8 +23,9 @@ def page(title: str, scaling: dict, prediction: dict, score: dict) -> str:
         f'<div class="tiles">{"".join(tile(*t) for t in tiles(scaling))}</div>',
         *(f'<p class="note dim">• {esc(note)}</p>' for note in scaling["notes"]),
         f"<h2>Loss over tokens</h2>{over_tokens(label, scaling, prediction, score)}"
-        '<p class="dim">Points are runs, lines the law at their sizes. The bar is the interval that was written down before the run '
-        "existed; the cross is what it then reached.</p>",
+        '<p class="dim">Points are runs, lines the law at their sizes.'
+        + (" The bar is the interval that was written down before the run existed" if prediction else "")
+        + ("; the cross is what it then reached" if score else "") + ("." if prediction else "") + "</p>",
         f'<div class="two">{residuals(scaling)}{budgets(label, scaling)}</div>',
         f'<h2>The law</h2><p>L(N, D) = E + A / N<sup>alpha</sup> + B / D<sup>beta</sup></p>{table(scaling)}',
         f"<h2>Runs</h2>{runs(scaling)}",
@@ -41,10 +42,10 @@ def verdict(prediction: dict, score: dict) -> str:
     if not prediction:
         return ""
     low, high = prediction["interval"]
-    said = [f"Predicted on {prediction['created']} for {short(prediction['parameters'])} parameters and {short(prediction['tokens'])} "
-            f"tokens: {prediction['loss']:.4f}, {prediction['level']:.0%} interval {low:.4f} to {high:.4f} (config "
-            f"{prediction['fingerprint']}, digest {prediction['digest']})."]
-    said.append(f"{score['verdict'].capitalize()} (run begun {score['started']})." if score else "That run has not been scored yet.")
+    said = [f"Predicted on {prediction['created']} for {short(prediction['parameters'])} parameters and "
+            f"{short(prediction['tokens'])} tokens: {prediction['loss']:.4f}, {prediction['level']:.0%} interval {low:.4f} to "
+            f"{high:.4f} (config {prediction['fingerprint']}, digest {prediction['digest']}).",
+            f"{score['verdict'].capitalize()} (run begun {score['started']})." if score else "That run has not been scored yet."]
     return f'<div class="verdict">{"".join(f"<p>{html.escape(line)}</p>" for line in said)}</div>'
 
 
@@ -88,8 +89,8 @@ def over_tokens(label: str, scaling: dict, prediction: dict, score: dict, width=
         ys = [float(law.loss(group[0]["parameters"], x)) for x in xs]
         shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y <= frame.y1]
         out.append(line(frame, *zip(*shown, strict=True), hue) if len(shown) > 1 else "")
-        out += [f'<circle cx="{frame.x(p["tokens"]):.1f}" cy="{frame.y(p["loss"]):.1f}" r="4.5" fill="{hue}" stroke="var(--card)">'
-                f'<title>{html.escape(p["name"])}: {p["loss"]:.4f}</title></circle>' for p in group]
+        out += [f'<circle cx="{frame.x(p["tokens"]):.1f}" cy="{frame.y(p["loss"]):.1f}" r="4.5" fill="{hue}" '
+                f'stroke="var(--card)"><title>{html.escape(p["name"])}: {p["loss"]:.4f}</title></circle>' for p in group]
         ends.append((short(group[0]["parameters"]), hue, frame.y(ys[-1])))
     if prediction:
         out.append(foretold(frame, law, xs, prediction, score))
@@ -147,7 +148,8 @@ def budgets(label: str, scaling: dict, width=510, height=330) -> str:
     for i, (p, xs) in enumerate(zip(found, curves, strict=True)):
         hue = charts.color(i)
         out.append(line(frame, xs, [at(p, n) for n in xs], hue))
-        out += [f'<circle cx="{frame.x(q["parameters"]):.1f}" cy="{frame.y(q["loss"]):.1f}" r="4" fill="{hue}"/>' for q in mine(p)]
+        out += [f'<circle cx="{frame.x(q["parameters"]):.1f}" cy="{frame.y(q["loss"]):.1f}" r="4" fill="{hue}"/>'
+                for q in mine(p)]
         if p["best_parameters"]:
             out.append(f'<circle cx="{frame.x(p["best_parameters"]):.1f}" cy="{frame.y(p["best_loss"]):.1f}" r="7" fill="none" '
                        f'stroke="{hue}" stroke-width="2"><title>{short(p["best_parameters"])}</title></circle>')
@@ -162,8 +164,8 @@ def table(scaling: dict) -> str:
     rows = [(NAMES[name], entry["value"], entry["interval"]) for name, entry in scaling["law"].items()]
     if ranked := scaling["parabola_exponent"]:
         rows.append(("a, by parabolas", ranked["value"], ranked["interval"]))
-    body = "".join(f"<tr><td>{name}</td><td>{value:.4g}</td><td>{'%.4g to %.4g' % tuple(interval) if interval else '–'}</td></tr>"
-                   for name, value, interval in rows)
+    between = lambda interval: f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "–"
+    body = "".join(f"<tr><td>{name}</td><td>{value:.4g}</td><td>{between(interval)}</td></tr>" for name, value, interval in rows)
     minima = "".join(f"<tr><td>{charts.decades(p['flops'])} FLOPs</td><td>"
                      + (f"{short(p['best_parameters'])} parameters</td><td>loss {p['best_loss']:.4f}" if p["best_parameters"]
                         else f"–</td><td>{html.escape(p['words'])}") + "</td></tr>" for p in scaling["parabolas"])

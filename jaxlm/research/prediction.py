@@ -46,7 +46,8 @@ class Point(NamedTuple):
 
 
 def fit_runs(paths: list[str], out: str, level: float = 0.95) -> dict:
-    """-> what is in scaling.json. Raises UserError: runs of several recipes, too few that ended well, or a prediction is in `out`."""
+    """-> what is in scaling.json, and "fit". Raises UserError: runs of several recipes, too few that ended well, or a prediction
+    is in `out`."""
     if (old := pathlib.Path(out, "prediction.json")).exists():
         raise UserError(f"{old}: a prediction of {read_json(old)['created']} is there, which stays as it was made; give another "
                         "--out")
@@ -134,11 +135,12 @@ def predict(fitted: dict, config, workdir: str, out: str) -> dict:
         raise UserError(f"--config: differs from the fitted runs in {'; '.join(changes)}; a law holds for one recipe")
     parameters, tokens = inner_parameters(config), tokens_of(config, config.steps)
     loss, low, high = fitted["fit"].predict(parameters, tokens, fitted["level"])
-    beyond = {what: value / max(p[what] for p in fitted["points"]) for what, value in (("parameters", parameters),
-                                                                                      ("tokens", tokens))}
+    beyond = {what: value / max(p[what] for p in fitted["points"])
+              for what, value in (("parameters", parameters), ("tokens", tokens))}
     result = {
-        "created": now().isoformat(timespec="seconds"), "fingerprint": fingerprint(config), "seed": config.seed, "workdir": str(workdir),
-        "metric": fitted["metric"], "parameters": parameters, "tokens": tokens, "beyond": beyond, "loss": loss,
+        "created": now().isoformat(timespec="seconds"), "fingerprint": fingerprint(config), "seed": config.seed,
+        "workdir": str(workdir), "metric": fitted["metric"], "parameters": parameters, "tokens": tokens, "beyond": beyond,
+        "loss": loss,
         "interval": [low, high], "level": fitted["level"], "law": fitted["law"], "noise": fitted["noise"],
         "fitted": [p["fingerprint"] for p in fitted["points"]], "data": fitted["data"], "commit": git_commit(),
         "config": values}
@@ -152,10 +154,10 @@ def now() -> datetime.datetime:
 
 
 def require_not_begun(workdir: str) -> None:
-    there = [name for name in ("summary.json", "metrics.jsonl", "checkpoints", "config.json") if pathlib.Path(workdir, name).exists()]
-    if there:
-        raise UserError(f"--workdir={workdir}: that run has begun ({', '.join(there)} are there), and what is foretold of it now is "
-                        "no prediction; give the directory of a run that is still to come")
+    names = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
+    if there := [name for name in names if pathlib.Path(workdir, name).exists()]:
+        raise UserError(f"--workdir={workdir}: that run has begun (it has {', '.join(there)}), and what is foretold of it now "
+                        "is no prediction; give the directory of a run that is still to come")
 
 
 def digest(prediction: dict) -> str:
@@ -165,12 +167,11 @@ def digest(prediction: dict) -> str:
 
 
 def words_of(prediction: dict) -> str:
-    low, high = prediction["interval"]
-    beyond = prediction["beyond"]
-    return (f"predicted {prediction['metric']['split']} {prediction['metric']['name']} of {short(prediction['parameters'])} parameters "
-            f"and {short(prediction['tokens'])} tokens: {prediction['loss']:.4f}, {prediction['level']:.0%} interval {low:.4f} to "
-            f"{high:.4f} ({beyond['parameters']:.2g} times the largest fitted size, {beyond['tokens']:.2g} times the most tokens); "
-            f"{prediction['created']}, digest {prediction['digest']}")
+    (low, high), metric, beyond = prediction["interval"], prediction["metric"], prediction["beyond"]
+    return (f"predicted {metric['split']} {metric['name']} of {short(prediction['parameters'])} parameters and "
+            f"{short(prediction['tokens'])} tokens: {prediction['loss']:.4f}, {prediction['level']:.0%} interval {low:.4f} to "
+            f"{high:.4f} ({beyond['parameters']:.2g} times the largest fitted size, {beyond['tokens']:.2g} times the most "
+            f"tokens); {prediction['created']}, digest {prediction['digest']}")
 
 
 def score(out: str, workdir: str) -> dict:
@@ -182,8 +183,8 @@ def score(out: str, workdir: str) -> dict:
     if not prediction:
         raise UserError(f"--score={out}: no prediction.json there; jaxlm scale --fit RUN... --predict --out={out} makes one")
     if digest(prediction) != prediction["digest"]:
-        raise UserError(f"{out}/prediction.json: was changed after it was made (digest {prediction['digest']} no longer fits); it "
-                        "cannot be scored")
+        raise UserError(f"{out}/prediction.json: was changed after it was made (digest {prediction['digest']} no longer fits); "
+                        "it cannot be scored")
     run = Run(pathlib.Path(workdir))
     if run.record["fingerprint"] != prediction["fingerprint"]:
         plain = lambda config: json.loads(json.dumps(identity(config)))

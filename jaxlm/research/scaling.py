@@ -6,9 +6,10 @@
         for name, overrides in isoflop(get_config(), flops=(1e12, 4e12)):
             add(name, **overrides)
 
-A size is width and depth together: heads keep their size, the feed-forward its share of the width, and layers grow with the width.
-Parameters are those without the tables of tokens and positions (Kaplan et al., arXiv:2001.08361), FLOPs what `jaxlm.observe.
-throughput` counts, the head included. JAX is imported when something is counted, and no device is touched: models are abstract.
+A size is width and depth together: heads keep their size, the feed-forward its share of the width, and layers grow with the
+width. Parameters are those without the tables of tokens and positions and without the head (Kaplan et al., arXiv:2001.08361);
+FLOPs are what `jaxlm.observe.throughput` counts, the head included. JAX is imported when something is counted, and no device is
+touched: models are abstract.
 """
 
 import functools
@@ -69,8 +70,8 @@ def run_of(config, size: Size, tokens: float, why: str) -> tuple[str, dict]:
     steps = round(tokens / (config.batch_size * config.seq_len))
     if steps < FEWEST_STEPS:
         raise UserError(f"{short(size.parameters)} parameters, {why}: {short(tokens)} tokens are {steps} steps of "
-                        f"{config.batch_size} x {config.seq_len}; take a smaller batch_size, or more than {FEWEST_STEPS} steps of "
-                        "tokens")
+                        f"{config.batch_size} x {config.seq_len}; take a smaller batch_size, or tokens for "
+                        f"at least {FEWEST_STEPS} steps")
     return f"{short(size.parameters)}, {short(tokens)} tokens", {**size.overrides, "steps": steps}
 
 
