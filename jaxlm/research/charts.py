@@ -191,4 +191,7 @@ def pareto(title: str, points: list[dict], x_label: str, form, width=510, height
 
 def decades(value: float) -> str:
     """FLOPs as on an axis: 1.2e15."""
-    return "0" if value <= 0 else f"{value / 10 ** math.floor(math.log10(value)):.3g}e{math.floor(math.log10(value))}"
+    if value <= 0:
+        return "0"
+    number, exponent = f"{value:.2e}".split("e")  # rounds before it counts: 9.999e11 is 1e12
+    return f"{float(number):g}e{int(exponent)}"

@@ -81,6 +81,7 @@ def over_tokens(label: str, scaling: dict, prediction: dict, score: dict, width=
     if prediction:
         tokens.append(prediction["tokens"])
         losses += [*prediction["interval"], *([score["measured"]] if score and score["measured"] else [])]
+    losses.append(min(losses) - 0.06 * (max(losses) - min(losses)))  # room below
     frame = charts.LogFrame(width, height, tokens, losses, right=150)
     out = frame.grid("tokens", short, f"{label.capitalize()} over tokens, by parameters without embeddings")
     xs, ends = spaced(min(tokens), max(tokens)), []
@@ -176,7 +177,8 @@ def table(scaling: dict) -> str:
 def runs(scaling: dict) -> str:
     body = "".join(f"<tr><td>{html.escape(p['name'])}</td><td>{p['seed']}</td><td>{short(p['parameters'])}</td>"
                    f"<td>{short(p['tokens'])}</td><td>{p['flops']:.2e}</td><td>{p['loss']:.4f}</td>"
-                   f"<td>{100 * p['log_residual']:+.2f} %</td></tr>" for p in scaling["points"])
+                   f"<td>{100 * p['log_residual']:+.2f} %</td></tr>"
+                   for p in sorted(scaling["points"], key=lambda p: (p["parameters"], p["tokens"])))
     head = "".join(f"<th>{name}</th>" for name in ("run", "seed", "parameters", "tokens", "FLOPs", "loss", "above the law"))
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
