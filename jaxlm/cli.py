@@ -79,6 +79,7 @@ VERBS = {
     "convert": (convert.run_convert, convert.add_convert),
     "ensemble": (research.run_ensemble, research.add_ensemble),
     "mup": (research.run_mup, research.add_mup),
+    "scale": (research.run_scale, research.add_scale),
     "average": (train.run_average, train.add_average),
     "doctor": (bench.run_doctor, lambda verb: None),
 }

@@ -34,16 +34,38 @@ class Frame:
         value = min(max(value, self.y0), self.y1)
         return self.height - self.bottom - (value - self.y0) / (self.y1 - self.y0) * (self.height - self.top - self.bottom)
 
+    def x_marks(self) -> list[float]:
+        return ticks(self.x0, self.x1)
+
     def grid(self, x_label: str, form=number_of, title: str = "") -> list[str]:
         end, foot = self.width - self.right, self.height - self.bottom
         out = [f'<text class="title" x="14" y="20">{html.escape(title)}</text>']
         for value in ticks(self.y0, self.y1):
             out.append(f'<line class="grid" x1="{self.left}" x2="{end}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>'
                        f'<text x="{self.left - 7}" y="{self.y(value) + 4:.1f}" text-anchor="end">{number_of(value)}</text>')
-        for value in ticks(self.x0, self.x1):
+        for value in self.x_marks():
             out.append(f'<text x="{self.x(value):.1f}" y="{foot + 16}" text-anchor="middle">{form(value)}</text>')
         middle = (self.left + end) / 2
         return [*out, f'<text x="{middle:.0f}" y="{self.height - 6}" text-anchor="middle">{html.escape(x_label)}</text>']
+
+
+class LogFrame(Frame):
+    """x is given as it is, and placed by its logarithm."""
+
+    def __init__(self, width, height, xs, ys, **margins):
+        low, high = math.log10(min(xs)), math.log10(max(xs))
+        pad = 0.04 * (high - low) or 0.1
+        super().__init__(width, height, [low - pad, high + pad], ys, **margins)
+
+    def x(self, value) -> float:
+        return super().x(math.log10(value))
+
+    def x_marks(self) -> list[float]:
+        """1, 2 and 5 times powers of ten; of many, the powers alone."""
+        powers = range(math.floor(self.x0), math.ceil(self.x1) + 1)
+        inside = lambda factors: [m * 10.0**k for k in powers for m in factors if self.x0 <= math.log10(m) + k <= self.x1]
+        marks = inside((1, 2, 5))
+        return marks if len(marks) <= 9 else inside((1,))
 
 
 def widened(values) -> tuple[float, float]:
@@ -169,4 +191,7 @@ def pareto(title: str, points: list[dict], x_label: str, form, width=510, height
 
 def decades(value: float) -> str:
     """FLOPs as on an axis: 1.2e15."""
-    return "0" if value <= 0 else f"{value / 10 ** math.floor(math.log10(value)):.3g}e{math.floor(math.log10(value))}"
+    if value <= 0:
+        return "0"
+    number, exponent = f"{value:.2e}".split("e")  # rounds before it counts: 9.999e11 is 1e12
+    return f"{float(number):g}e{int(exponent)}"

@@ -1,5 +1,5 @@
-"""The verbs of research: `jaxlm sweep`, `report`, `ensemble` and `mup`. Nothing heavy is imported before the arguments and the
-config are right."""
+"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup`, `scale`. Nothing heavy is imported before the arguments
+and the config are right."""
 
 import argparse
 import itertools
@@ -248,3 +248,50 @@ def run_mup(args):
         raise UserError(result["verdict"])
     if not args.json:
         print(result["verdict"])
+
+
+def add_scale(verb):
+    verb.add_argument("--fit", nargs="+", default=[], metavar="RUN", help="run directories, or the folder of a sweep")
+    verb.add_argument("--out", default="", metavar="DIR", help="where the law goes, the prediction, and the page")
+    verb.add_argument("--predict", action="store_true", help="with --fit: foretell the run of --config in --workdir")
+    verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --predict: the larger run; its keys can be set")
+    verb.add_argument("--score", default="", metavar="DIR", help="a prediction, by the run in --workdir, which has ended")
+    verb.add_argument("--workdir", default="", metavar="RUN", help="the larger run: where it will be, or is")
+    verb.add_argument("--level", type=float, default=0.95, metavar="P", help="of the intervals (default %(default)s)")
+
+
+def run_scale(args):
+    """Fit a scaling law to runs, predict a larger one before it exists, and score the prediction when it has ended.
+
+    --fit RUN... --out=DIR, with --predict --config=FILE --workdir=RUN a prediction too; when RUN has ended,
+    --score DIR --workdir=RUN
+    """
+    problems = []
+    if bool(args.fit) == bool(args.score):
+        problems.append("scale: give --fit RUN... --out=DIR, or --score DIR --workdir=RUN")
+    wanted = {"--fit": ("out",), "--predict": ("config", "workdir"), "--score": ("workdir",)}
+    for option, names in wanted.items():
+        if getattr(args, option[2:]):
+            problems += [f"{option}: needs --{name}" for name in names if not getattr(args, name)]
+    if args.predict and not args.fit:
+        problems.append("--predict: needs --fit RUN..., the runs that it is made from")
+    if (args.config or args.overrides) and not args.predict:
+        problems.append("--config: is of --predict, the run that is foretold")
+    if not 0 < args.level < 1:
+        problems.append(f"--level={args.level}: give a share between 0 and 1, such as 0.95")
+    if problems:
+        raise UserError(*problems)
+    from jaxlm.config import load
+    from jaxlm.research import prediction
+
+    if args.score:
+        print(f"{prediction.score(args.score, args.workdir)['verdict']}\n{args.score}/scaling.html")
+        return
+    if args.predict:
+        config = load(args.config, args.overrides)
+        prediction.require_not_begun(args.workdir)
+    fitted = prediction.fit_runs(args.fit, args.out, args.level)
+    print(prediction.summary(fitted))
+    if args.predict:
+        print(prediction.words_of(prediction.predict(fitted, config, args.workdir, args.out)))
+    print(f"{args.out}/scaling.html")
