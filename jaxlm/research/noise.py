@@ -40,7 +40,7 @@ def measure(arm: Arm) -> dict | None:
     if len(finished) < FEWEST:
         return None
     metrics = {}
-    splits = {line["split"] for line in finished[0].lines if line["split"] != "train"} or {"train"}
+    splits = {line["split"] for line in finished[0].lines if line["split"] not in UNEVALUATED} or {"train"}
     for split in sorted(splits):
         names = {name for line in finished[0].lines if line["split"] == split for name in line}
         for name in sorted(names & {"loss", "perplexity", "bits_per_byte", "accuracy"}):
