@@ -29,11 +29,6 @@ from jaxlm.train.state import Model, build_model, flatten_paths, part_of
 ROWS = 8  # of a batch, whose activations are looked at, and of each
 QUERIES = 64  # whose attention is, evenly spaced
 ENTROPY = "attention_entropy"
-MEASURES = {  # what a number of a line is, by the end of its name
-    "grad_rms": "Gradient, root mean square", "update_rms": "Update, root mean square",
-    "activation_rms": "Activation, root mean square", ENTROPY: "Entropy of attention (nats), mean of heads",
-    f"{ENTROPY}_min": "Entropy of attention (nats), lowest head", "router_load_max": "Fullest expert (multiple of an equal share)",
-    "router_load_min": "Emptiest expert (multiple of an equal share)"}
 
 
 class Internals(NamedTuple):
@@ -122,7 +117,6 @@ def watched_model(config, model: Model):
     """-> the graph of the same model whose blocks and attention can be looked at: each is one `jax.checkpoint`, none in a loop."""
     watched = config.copy_and_resolve_references()
     watched.model.remat, watched.model.scan_layers = "full", False
-    watched.kernels.fused_projections = "never"
     return build_model(watched, model.specs["embedding"].shape[0], "watched").graph
 
 

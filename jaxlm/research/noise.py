@@ -14,7 +14,7 @@ from scipy import stats
 
 from jaxlm.errors import UserError
 from jaxlm.observe.report import field, read_json
-from jaxlm.research.runs import Arm, choose_metric
+from jaxlm.research.runs import UNEVALUATED, Arm, choose_metric
 from jaxlm.train.rundir import write_json
 
 FEWEST = 3  # seeds from which a standard deviation is worth keeping
