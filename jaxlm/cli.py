@@ -690,6 +690,7 @@ VERBS = {
     "convert": (run_convert, add_convert),
     "ensemble": (commands.run_ensemble, commands.add_ensemble),
     "mup": (commands.run_mup, commands.add_mup),
+    "replay": (commands.run_replay, commands.add_replay),
     "average": (run_average, add_average),
     "doctor": (run_doctor, lambda verb: None),
 }
