@@ -52,7 +52,7 @@ def picture(title: str, steps: list[int], rows: dict[str, list], measure: str) -
     whole = scale(high) or 1.0
     pixels = [[color_of(None if v is None or not math.isfinite(v) else scale(v) / whole) for v in rows[name]]
               for name in reversed(rows)]
-    width, left, top, tall = 336, 62, 50, max(60, min(150, 13 * len(rows)))
+    width, left, top, tall = 336, 70, 50, max(60, min(150, 13 * len(rows)))
     each, out = tall / len(rows), [f'<text class="title" x="10" y="18">{html.escape(title)}</text>']
     wide = width - left - 12
     out.append(f'<image x="{left}" y="{top}" width="{wide}" height="{tall}" preserveAspectRatio="none" '

@@ -65,8 +65,9 @@ def replay(workdir: str, step: int, overrides=(), from_start: bool = False) -> d
     difference, compared = compare(found["metrics"], logged)
     if difference:
         difference += other_versions(workdir)
-    verdict = (difference or f"the same bit for bit: loss and grad_norm of {words_of(compared)} after checkpoint {first}"
-               if compared else f"nothing to compare with: metrics.jsonl has no line after checkpoint {first} up to here")
+    begin = f"checkpoint {first}" if first else "the beginning"
+    verdict = (difference or f"the same bit for bit: loss and grad_norm of {words_of(compared)} from {begin}"
+               if compared else f"nothing to compare with: metrics.jsonl has no line since {begin}")
     rows = [row_of(row, losses, config, data.tokenizer) for row, losses in zip(seen["rows"], found["losses"], strict=True)]
     rows.sort(key=lambda row: -(row["loss"] if row["loss"] is not None else -1.0))
     before = [x for x in lines["train"] if x["step"] < step][-BEFORE:]
@@ -164,7 +165,7 @@ def other_versions(workdir: str) -> str:
 
 
 def words_of(steps: list[int]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]},"
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
 
 
 # ---- What was in the batch ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ white-space:pre-wrap;overflow-wrap:anywhere}.row i{font-style:normal;border-radi
 .row hr{border:0;border-top:1px dashed var(--dim);margin:5px 0}.wide{overflow-x:auto}
 td{font-variant-numeric:tabular-nums}th{text-align:right;color:var(--dim);font-weight:500;font-size:12px;padding:3px 8px;
 vertical-align:bottom}th:first-child{text-align:left}.num td{text-align:right}.num td:first-child{text-align:left}
+.num{font-size:11.5px}.num td,.num th{padding:3px 4px;font-size:11px}.worst th{text-align:left}.worst td:last-child{width:60%}
 .scale{display:inline-block;width:180px;height:11px;border-radius:3px;vertical-align:middle;margin:0 7px;
 background:linear-gradient(90deg,transparent,rgba(224,62,26,.85))}code{font-family:ui-monospace,monospace;white-space:pre-wrap}
 """
@@ -62,6 +63,10 @@ def visible(text: str) -> str:
     return html.escape(text).replace("\n", "↵\n") or "∅"
 
 
+def one_line(text: str) -> str:
+    return visible(text).replace("\n", "") if text else ""
+
+
 def row_of(row: dict, high: float) -> str:
     parts = []
     for span in row["spans"]:
@@ -81,9 +86,9 @@ def row_of(row: dict, high: float) -> str:
 
 def worst_table(worst: list[dict]) -> str:
     body = "".join(f"<tr><td>{x['loss']:.3f}</td><td>{x['probability']:.1e}</td><td>{x['row']}</td><td>{x['place']}</td>"
-                   f'<td><code><span class="dim">{html.escape(x["before"][-60:])}</span><b>{visible(x["text"])}</b></code></td></tr>'
+                   f'<td><code><span class="dim">{one_line(x["before"][-60:])}</span><b>{one_line(x["text"])}</b></code></td></tr>'
                    for x in worst)
-    return ("<table><tr><th>loss</th><th>probability</th><th>row</th><th>place</th>"
+    return ('<table class="worst"><tr><th>loss</th><th>probability</th><th>row</th><th>place</th>'
             f'<th style="text-align:left">token, after</th></tr>{body}</table>')
 
 
