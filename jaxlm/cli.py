@@ -80,6 +80,7 @@ VERBS = {
     "ensemble": (research.run_ensemble, research.add_ensemble),
     "mup": (research.run_mup, research.add_mup),
     "scale": (research.run_scale, research.add_scale),
+    "replay": (research.run_replay, research.add_replay),
     "average": (train.run_average, train.add_average),
     "doctor": (bench.run_doctor, lambda verb: None),
 }

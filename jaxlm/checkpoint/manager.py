@@ -149,14 +149,15 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, abstract_state):
-        """-> (step, state, meta) of the newest checkpoint that is whole.
+    def restore(self, abstract_state, before: float = math.inf):
+        """-> (step, state, meta) of the newest checkpoint that is whole, of those of fewer steps than `before`.
 
         abstract_state: tree of ShapeDtypeStruct with shardings, of any mesh. A damaged checkpoint is named and, if this
         object owns the directory, moved to `checkpoints_damaged/` beside it; the one before it is used.
         Raises UserError if it belongs to another model, or if none is whole.
         """
-        return self._newest_whole(lambda step, leaves: self._read(step, leaves, abstract_state, partial=False), self.steps())
+        read = lambda step, leaves: self._read(step, leaves, abstract_state, partial=False)
+        return self._newest_whole(read, [step for step in self.steps() if step < before])
 
     def leaves(self) -> dict:
         """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint. Raises UserError: there is none."""

@@ -110,11 +110,21 @@ def key_segments(segment_ids_BT, extras):
 def plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query, extras=NO_EXTRAS):
     """The reference: materialises the scores, softmax in float32; any mask, any device."""
     B, T, N, H = q_BTNH.shape
+    weights = plain_weights(q_BTNH, k_BSKH, window, softcap, segment_ids_BT, first_query, extras).astype(v_BSKH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BSKH.transpose(0, 2, 1, 3))
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def plain_weights(q_BTNH, k_BSKH, window, softcap, segment_ids_BT, first_query, extras=NO_EXTRAS):
+    """-> how much of each key's value a query takes, BKGTS float32; with sinks they sum to less than 1.
+
+    first_query: as in `attend`, or (T, 1), so that query t is the one of position first_query + t.
+    """
+    B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     # Heads before tokens: each score matrix is then one contiguous matrix product, twice as fast on a CPU.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores = einsum_float32("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    scores = einsum_float32("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.transpose(0, 2, 1, 3))
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if extras.bias_NTS is not None:
@@ -123,9 +133,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query, 
     if segment_ids_BT is not None:
         mask = mask & (segment_ids_BT[:, :, None] == key_segments(segment_ids_BT, extras)[:, None, :])[:, None, None]
     sinks = None if extras.sinks_N is None else extras.sinks_N.reshape(K, N // K, 1, 1)
-    weights = softmax_with_sinks(jnp.where(mask, scores, -1e30), sinks).astype(v_BSKH.dtype)
-    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return softmax_with_sinks(jnp.where(mask, scores, -1e30), sinks)
 
 
 def blockwise(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query, extras=NO_EXTRAS):

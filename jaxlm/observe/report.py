@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 
+from jaxlm.observe import heatmap
 from jaxlm.observe.fitting import LEAST, judge
 
 STYLE = """
@@ -43,7 +44,7 @@ def write_report(workdir: str) -> str:
     temporary = folder / "report.html.tmp"
     temporary.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{html.escape(folder.resolve().name)} – jaxlm</title>
-<style>{STYLE}</style><h1>{html.escape(folder.resolve().name)}</h1>
+<style>{STYLE}{heatmap.STYLE}</style><h1>{html.escape(folder.resolve().name)}</h1>
 <div class="dim">{html.escape(headline(config, summary))}</div>
 <div class="tiles">{"".join(tile(*t) for t in tiles(summary, train, valid))}</div>
 {about_fit(judge(loss, valid_loss))}
@@ -55,6 +56,7 @@ def write_report(workdir: str) -> str:
 {chart("Data wait (share of time)", pairs(train, "data_wait_fraction"))}
 {"".join(chart(title, points) for title, name in ROUTER_CHARTS.items() if (points := pairs(train, name)))}
 </div>
+{heatmap.heatmaps([x for x in lines if x["split"] == "internals"])}
 <h2>Generated text</h2>{"".join(sample(s) for s in reversed(samples[-6:])) or '<p class="dim">none (eval.sample_tokens=0)</p>'}
 <h2>Config</h2><p class="dim">Keys that differ from the defaults come first, in bold.</p>{config_table(config)}
 </html>""")

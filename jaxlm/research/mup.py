@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxlm.config import resolve, validate
 from jaxlm.errors import UserError
+from jaxlm.observe.jaxprs import REMATERIALISED, evaluate
 from jaxlm.parallel import target
 from jaxlm.research.ensemble import train_ensemble
 from jaxlm.research.members import Members
@@ -126,34 +127,13 @@ def activations(graph, params, batch) -> dict:
     embedding, hidden, logits = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(params), seen)
     found, layer, before = {"embedding": embedding}, 0, set()
     for name, value in seen:
+        if name == REMATERIALISED:
+            continue
         if name in before:  # the next layer begins
             layer, before = layer + 1, set()
         before.add(name)
         found[f"{layer}.{name}"] = value
     return {name: a.astype(jnp.float32) for name, a in {**found, "hidden": hidden, "logits": logits}.items()}
-
-
-CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")  # JAX's, with
-INNER = ("jaxpr", "call_jaxpr")  # what they call
-
-
-def evaluate(jaxpr, consts, args, seen: list) -> list:
-    """The outputs of a jaxpr; of each tensor with a name on the way, (name, value) goes to `seen`."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda v: v.val if isinstance(v, jax.extend.core.Literal) else values[v]
-    for equation in jaxpr.eqns:
-        inputs = [read(v) for v in equation.invars]
-        kind, inner = equation.primitive.name, next((equation.params[k] for k in INNER if k in equation.params), None)
-        if kind == "name":
-            seen.append((equation.params["name"], inputs[0]))
-            outputs = inputs
-        elif kind in CALLS:
-            outputs = evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, seen)
-        else:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
 
 
 def table(check: dict) -> str:

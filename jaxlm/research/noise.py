@@ -14,7 +14,7 @@ from scipy import stats
 
 from jaxlm.errors import UserError
 from jaxlm.observe.report import field, read_json
-from jaxlm.research.runs import Arm, choose_metric
+from jaxlm.research.runs import UNEVALUATED, Arm, choose_metric
 from jaxlm.train.rundir import write_json
 
 FEWEST = 3  # seeds from which a standard deviation is worth keeping
@@ -40,7 +40,7 @@ def measure(arm: Arm) -> dict | None:
     if len(finished) < FEWEST:
         return None
     metrics = {}
-    splits = {line["split"] for line in finished[0].lines if line["split"] != "train"} or {"train"}
+    splits = {line["split"] for line in finished[0].lines if line["split"] not in UNEVALUATED} or {"train"}
     for split in sorted(splits):
         names = {name for line in finished[0].lines if line["split"] == split for name in line}
         for name in sorted(names & {"loss", "perplexity", "bits_per_byte", "accuracy"}):

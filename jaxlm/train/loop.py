@@ -55,7 +55,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     data = build_data(config)
     program = build_program(config, data.vocab_size)
     model, mesh, feed, hyper = program.model, program.mesh, program.feed, put_everywhere(program.hyper, replicated(program.mesh))
-    steps, log_every = config.steps, config.observe.log_every
+    steps, log_every, look_every = config.steps, config.observe.log_every, config.observe.internals_every
     duration = lambda value, key: steps_of(value, full_config, key)
     eval_every = duration(config.eval.every_steps, "eval.every_steps")
     save_every = duration(config.checkpoint.every_steps, "checkpoint.every_steps")
@@ -110,6 +110,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     step_fn, compile_seconds = (compiled, 0.0) if compiled else program.compile()
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
     eval_step = jit(mesh, build_eval_step(model, program.objective, program.frozen))
+    if look_every:
+        from jaxlm.observe.internals import build_internals, internals_line
+
+        look = build_internals(full_config, program)
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
     cost = cost_of(config, program)
@@ -208,12 +212,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     alive("in the first step", SLOW)
     clock = Clock()
     clock.restart(start, totals["tokens"])
-    pending = None  # (step, metrics on the device, when it ended if that is known), read back one step late
+    pending = None  # (step, metrics on the device, when it ended if that is known, internals), read back one step late
     in_turn = target.platform() == "cpu"  # a step has ended when `step_fn` returns
 
     def read_back(item):
         """Metrics of a finished step: the host waits for step n only after n+1 was sent to the device."""
-        step, on_device, ended = item
+        step, on_device, ended, inside = item
         logged = step % log_every == 0 or step == steps
         wanted = on_device if logged else {k: on_device[k] for k in ("finite", "tokens", "bad_leaf")}
         metrics = {k: v.item() for k, v in jax.device_get(wanted).items()}
@@ -237,6 +241,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             line = train_line(step, totals["tokens"], metrics, rates, cost, time.time() - began)
             writers.write(line)
             progress.update(line)
+        if inside:
+            writers.write(internals_line(step, jax.device_get(inside)))
 
     step, saving, enough = start, False, patience.exhausted
     batches = data.train.prefetched(start, feed.put, feed.rows)
@@ -249,10 +255,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                 if saving:  # once more when it has ended
                     saving = checkpoints.is_saving()
                     heap.give_back_freed_memory()
+                # Before the step, which takes the state away.
+                inside = look(state, batch, hyper, *frozen) if look_every and step % look_every == 0 else None
                 state, metrics = step_fn(state, batch, hyper, *frozen)
                 if pending:
                     read_back(pending)
-                pending = (step, metrics, clock.now() if in_turn else None)
+                pending = (step, metrics, clock.now() if in_turn else None, inside)
                 due_eval = step == steps or (eval_every and step % eval_every == 0)
                 due_save = step == steps or (save_every and step % save_every == 0)
                 stopping = stop.after(step)

@@ -2,6 +2,7 @@
 with all it is made of, not yet compiled: the very same for `train`, which runs it, `bench`, which times it, and `plan`, which
 compiles it for machines that are not there."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,8 +30,10 @@ from jaxlm.train.frozen import Frozen, build_frozen
 from jaxlm.train.state import Model, build_init, build_model, flatten_paths, lay_out, part_of, state_shardings, with_part
 
 
-def build_train_step(config, model, objective, optimizer, schedule, frozen=None):
+def build_train_step(config, model, objective, optimizer, schedule, frozen=None, look=None):
     """-> train_step(state, batch, hyper[, own]) -> (state, metrics), to be jitted with `state` donated.
+
+    look: (mean gradients before clipping, state, new state, aux) -> what metrics["inside"] is then (`jaxlm.observe.internals`).
 
     batch: arrays (B, T), B = config.batch_size.
     hyper: traced scalars {"learning_rate", "weight_decay", "seed"}, so that an ensemble of them is one `vmap`.
@@ -47,8 +50,7 @@ def build_train_step(config, model, objective, optimizer, schedule, frozen=None)
         params, step = state["params"], state["step"]
         keys_B = None
         if dropout:  # a key for each row of the batch, so that neither accumulation nor mesh changes what is dropped
-            key = jax.random.fold_in(jax.random.key(hyper["seed"]), step)
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch["tokens"].shape[0]))
+            keys_B = keys_of_rows(hyper["seed"], step, batch["tokens"].shape[0])
 
         def loss_fn(trained, rows):
             micro, keys_B = rows
@@ -113,9 +115,17 @@ def build_train_step(config, model, objective, optimizer, schedule, frozen=None)
             "bad_leaf": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
             **router_metrics(aux, weight), **{name: aux[name] / weight for name in MEANS if name in aux},
         }
+        if look:
+            metrics["inside"] = look(jax.tree.map(lambda g: g / weight, grads), old, new_state, aux)
         return {"step": step + 1, **new_state}, metrics
 
     return train_step
+
+
+def keys_of_rows(seed, step, rows: int):
+    """-> keys_B of dropout."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def build_eval_step(model, objective, frozen=None):
@@ -158,6 +168,7 @@ class Program(NamedTuple):
     layout: str  # why this mesh, where `mesh.auto` chose it
     frozen: Frozen | None  # what the objective looks at beside the model
     frozen_inputs: tuple  # (a ShapeDtypeStruct with its sharding for each parameter of its own,), or ()
+    build_step: Callable  # (look=...) -> a `train_step` that looks at itself
 
     @property
     def inputs(self) -> tuple:
@@ -202,7 +213,8 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
         objective = build_objective(config)
         optimizer, schedule = build_optimizer(config, model.trained), build_schedule(config)
         frozen = build_frozen(config, objective, model)
-        train_step = build_train_step(config, model, objective, optimizer, schedule, frozen)
+        build_step = functools.partial(build_train_step, config, model, objective, optimizer, schedule, frozen)
+        train_step = build_step()
         init = build_init(config, model, optimizer)
         state = jax.eval_shape(init, 0)
         options = compiler_options(config, mesh.devices.flat[0], mesh.size)
@@ -213,4 +225,4 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
     feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
     return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options,
                    config.data.source_len if config.model.family == "encoder_decoder" else 0, layout, frozen,
-                   (frozen.abstract(mesh, config.mesh.zero_stage),) if frozen else ())
+                   (frozen.abstract(mesh, config.mesh.zero_stage),) if frozen else (), build_step)

@@ -1,4 +1,4 @@
-"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup`, `scale`. Nothing heavy is imported before the arguments
+"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup`, `scale`, `replay`. Nothing heavy is imported before the arguments
 and the config are right."""
 
 import argparse
@@ -295,3 +295,32 @@ def run_scale(args):
     if args.predict:
         print(prediction.words_of(prediction.predict(fitted, config, args.workdir, args.out)))
     print(f"{args.out}/scaling.html")
+
+
+def add_replay(verb):
+    verb.add_argument("--workdir", required=True, metavar="DIR", help="the run directory")
+    verb.add_argument("--step", type=int, required=True, metavar="N", help="the one that took the run to N completed steps")
+    verb.add_argument("--from_start", action="store_true", help="where no checkpoint is before N: from the run's beginning")
+    verb.add_argument("--rows", type=int, default=32, metavar="K", help="on the page, those with the highest loss (%(default)s)")
+
+
+def run_replay(args):
+    """What happened at a step: runs it again, bit for bit, from the newest checkpoint before it, and shows its batch, the loss of
+    each token and the norms of each layer: replay-<N>.html and .json in the run directory.
+
+    It exits with 2 where loss or grad_norm on the way are not those of metrics.jsonl.
+    """
+    problems = [f"--{name}={getattr(args, name)}: must be at least 1" for name in ("step", "rows") if getattr(args, name) < 1]
+    if problems:
+        raise UserError(*problems)
+    from jaxlm.train.restore import config_of_run
+    from jaxlm.verbs.start import start_alone
+
+    start_alone("replay", config_of_run(args.workdir, args.overrides))
+    from jaxlm.research.replay import replay
+    from jaxlm.research.replay_page import write
+
+    found = replay(args.workdir, args.step, args.overrides, args.from_start)
+    print(f"{found['verdict']}\n{write(found, args.workdir, args.rows)}")
+    if found["difference"]:
+        raise UserError(found["difference"])
