@@ -139,7 +139,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.teacher_weight = 0.5  # share of the teacher in the loss; the rest is the cross-entropy of the text
     c.objective.temperature = 1.0  # softens both distributions before they are compared
     c.objective.kl = "forward"  # forward: KL(teacher || student); reverse: KL(student || teacher)
-    c.objective.lm_weight = 0.0  # of classification by a decoder: weight of the loss of the texts' next tokens beside it; 0: none
     c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1
 
     c.data = ConfigDict()
