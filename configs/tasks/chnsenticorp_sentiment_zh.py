@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 64, 2
     c.model.norm = "none"  # else a character that was hardly seen counts in the mean as much as any other
     c.model.ngram_max, c.model.ngram_buckets = 2, 65536  # pairs of characters: most Chinese words are two
-    c.model.dropout, c.model.token_dropout = 0.3, 0.3
-    c.optimizer.learning_rate, c.optimizer.ema_decay = 5e-3, 0.95
+    c.model.dropout, c.model.token_dropout = 0.3, 0.2
+    c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-2, 0.95
     c.eval.every_steps = 0
     return c
