@@ -4,8 +4,9 @@
     jaxlm eval --workdir=runs/sst2 --split=test
     jaxlm eval --config=configs/tasks/sst2_sentiment.py --crossval=5 --workdir=runs/sst2-folds
 
-Words, no norms, and few steps: what decided is in docs/classification.md. TF-IDF with logistic regression has 79.7 % on dev.tsv
-and 81.3 % on test.tsv.
+81.6 % on test.tsv, AUC-ROC 0.897 (mean of seeds 0, 1, 2: 82.1, 81.0, 81.8), in about a minute on one core; in five-fold
+cross-validation 79.2 %. TF-IDF with logistic regression has 81.3 % and 79.1 %. Words, no norms and few steps: what decided is in
+docs/classification.md. The number of steps is fixed, so that dev.tsv stops nothing.
 """
 
 from configs import default
