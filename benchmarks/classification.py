@@ -7,10 +7,10 @@ Written to results/<date>-<recipe>.json. The same command again goes on where it
 
 import argparse
 import json
+import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 from record import save
 
@@ -33,9 +33,9 @@ def main():
     config, root = f"--config=configs/tasks/{args.recipe}.py", f"--config.data.root={args.root}"
     runs = []
     for seed in range(args.seeds):
-        folder, began = f"--workdir={args.workdir}/seed-{seed}", time.time()
+        folder = f"--workdir={args.workdir}/seed-{seed}"
         jaxlm("train", config, root, folder, f"--config.seed={seed}")
-        seconds = time.time() - began
+        seconds = json.loads(pathlib.Path(args.workdir, f"seed-{seed}", "summary.json").read_text())["elapsed_seconds"]
         found = json.loads(jaxlm("eval", folder, f"--split={args.split}", "--json"))
         runs.append({"seed": seed, "train_seconds": seconds, "step": found["step"], **{name: found[name] for name in NUMBERS},
                      "expected_calibration_error": found["calibration"]["expected_calibration_error"],
