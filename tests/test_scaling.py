@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.research import law as laws
 from jaxlm.research import prediction
 from jaxlm.research.law import Law, Observations
-from jaxlm.research.scaling import fixed_ratio, inner_parameters, isoflop, size_near, with_shape
+from jaxlm.research.scaling import fixed_ratio, inner_parameters, isoflop, size_near, size_of, with_shape
 from jaxlm.research.sweep import plan
 
 TRUE = Law(1.69, 406.4, 0.34, 410.7, 0.28)  # Hoffmann et al., equation 10
@@ -138,9 +138,10 @@ def test_families_spend_what_they_say(base):
     assert [o["steps"] * 8 * 64 for o in runs] == pytest.approx(
         [r * size_near(base, n).parameters for n in (1e5, 2e5) for r in (1, 4)], rel=0.01)
     for name, o in isoflop(base, (2e12,), sizes=3, tokens_per_parameter=5):
-        size = next(size for n in np.geomspace(1e4, 1e7, 60)
-                    if (size := size_near(base, n)).overrides == {key: o[key] for key in size.overrides})
-        assert o["steps"] * 8 * 64 * size.flops == pytest.approx(2e12, rel=0.02) and "tokens" in name
+        built = base.copy_and_resolve_references()
+        built.update_from_flattened_dict(o)
+        resolve(built)
+        assert o["steps"] * 8 * 64 * size_of(built).flops == pytest.approx(2e12, rel=0.02) and "tokens" in name
 
 
 def test_families_that_cannot_be_are_refused(base):
