@@ -8,12 +8,13 @@ import pytest
 
 from configs import default
 from jaxlm.cli import main
-from jaxlm.config import fingerprint, resolve, validate
+from jaxlm.config import fingerprint, load, resolve, validate
 from jaxlm.errors import UserError
 from jaxlm.research import law as laws
 from jaxlm.research import prediction
 from jaxlm.research.law import Law, Observations
-from jaxlm.research.scaling import fixed_ratio, inner_parameters, isoflop, size_near, with_shape
+from jaxlm.research.scaling import fixed_ratio, inner_parameters, isoflop, size_near, size_of, with_shape
+from jaxlm.research.sweep import plan
 
 TRUE = Law(1.69, 406.4, 0.34, 410.7, 0.28)  # Hoffmann et al., equation 10
 SIZES, RATIOS = (1e7, 2e7, 4e7, 8e7, 1.6e8), (5, 10, 20, 40)
@@ -137,9 +138,10 @@ def test_families_spend_what_they_say(base):
     assert [o["steps"] * 8 * 64 for o in runs] == pytest.approx(
         [r * size_near(base, n).parameters for n in (1e5, 2e5) for r in (1, 4)], rel=0.01)
     for name, o in isoflop(base, (2e12,), sizes=3, tokens_per_parameter=5):
-        size = next(size for n in np.geomspace(1e4, 1e7, 60)
-                    if (size := size_near(base, n)).overrides == {key: o[key] for key in size.overrides})
-        assert o["steps"] * 8 * 64 * size.flops == pytest.approx(2e12, rel=0.02) and "tokens" in name
+        built = base.copy_and_resolve_references()
+        built.update_from_flattened_dict(o)
+        resolve(built)
+        assert o["steps"] * 8 * 64 * size_of(built).flops == pytest.approx(2e12, rel=0.02) and "tokens" in name
 
 
 def test_families_that_cannot_be_are_refused(base):
@@ -242,7 +244,7 @@ def test_too_few_that_ended_well_are_told_with_why(base, tmp_path):
         make_run(tmp_path / f"runs/{i}", base, {"steps": 50 * (i + 1)}, status="diverged" if i else "completed")
     with pytest.raises(UserError) as error:
         prediction.fit_runs([str(tmp_path / "runs")], str(tmp_path / "out"))
-    assert "diverged" in str(error.value.problems) and "1 runs for 5 parameters" in str(error.value.problems)
+    assert "diverged" in str(error.value.problems) and "1 run for 5 parameters" in str(error.value.problems)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -252,3 +254,12 @@ def test_too_few_that_ended_well_are_told_with_why(base, tmp_path):
     (["--fit", "x", "--out=y", "--config.steps=3"], "--config: is of --predict")])
 def test_wrong_arguments_are_one_line_each(arguments, said, capsys):
     assert main(["scale", *arguments]) == 2 and said in capsys.readouterr().err
+
+
+def test_the_family_on_wikitext_2_holds_back_its_largest():
+    file = "configs/ablations/scaling_wikitext2.py"
+    runs, largest = plan(file, [], "runs").runs, load(f"{file}:largest")
+    assert len(runs) == 12 and all(prediction.recipe(run.config) == prediction.recipe(largest) for run in runs)
+    sizes = sorted({inner_parameters(run.config) for run in runs} | {inner_parameters(largest)})
+    assert len(sizes) == 5 and sizes[-1] == inner_parameters(largest) and 0.9e5 < sizes[0] and sizes[-1] < 1.7e6
+    load(f"{file}:debug")

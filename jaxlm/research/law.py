@@ -66,8 +66,8 @@ def require_identifiable(seen: Observations) -> None:
     sizes, lengths = (len(levels(values)) for values in (seen.parameters_N, seen.tokens_N))
     problems = []
     if n <= p:
-        problems.append(f"{n} runs for {p} parameters (E, A, alpha, B, beta): nothing is left to tell how sure the fit is; give "
-                        f"at least {p + 1}, better 12")
+        problems.append(f"{n} run{'s' * (n != 1)} for {p} parameters (E, A, alpha, B, beta): nothing is left to tell how sure "
+                        f"the fit is; give at least {p + 1}, better 12")
     if sizes < FEWEST_LEVELS:
         problems.append(f"{'all runs have one size' if sizes == 1 else f'there are {sizes} sizes'}: alpha and A cannot be told "
                         f"from E; give runs of at least {FEWEST_LEVELS} sizes")
