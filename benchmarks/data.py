@@ -6,8 +6,8 @@ Tokenising: a jsonl of lines of the text, again and again up to the size asked f
 list in memory, `encode_batch_fast` on as many threads, ids taken and thrown away; jaxlm hashes, reads, parses, tokenises, writes,
 syncs and opens the store. Each arm is a process of its own, its imports not timed; median of three, arms interleaved.
 Loading: batches of 8 x 1,024 of the store, and of a mixture of three (a third of the text each, weights 0.5, 0.3, 0.2);
-nanoGPT's loader (random windows of a memmap; numpy only, so without its copy to torch), and Hugging Face `datasets` (rows of 1,025
-ids, shuffled, numpy format). "training thread" is what a step of 5 ms waits.
+nanoGPT's loader (random windows of a memmap; numpy only, so without its copy to torch), and Hugging Face `datasets` (rows of
+1,025 ids, shuffled, numpy format). "training thread" is what a step of 5 ms waits.
 """
 
 import argparse
