@@ -1,5 +1,5 @@
-"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup` and `replay`. Nothing heavy is imported before the arguments and the
-config are right."""
+"""The verbs of research: `jaxlm sweep`, `report`, `ensemble`, `mup` and `replay`. Nothing heavy is imported before the
+arguments and the config are right."""
 
 import argparse
 import itertools
