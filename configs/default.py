@@ -270,7 +270,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.observe = ConfigDict()
     c.observe.log_every = 10  # steps between lines of metrics.jsonl
-    c.observe.internals_every = 0  # steps between looks inside the layers (docs/research.md); 100 costs about 1 %; 0: none
+    c.observe.internals_every = 0  # steps between looks inside the layers (docs/research.md); 100 costs 1.1 to 1.3 %; 0: none
     c.observe.progress = "auto"  # auto (live display on a terminal, else lines), live, lines, none
     c.observe.report = True  # write report.html
     c.observe.tensorboard = False

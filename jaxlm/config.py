@@ -201,7 +201,7 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(c)
     for key in positive:
         check(flat[key] > 0, f"{key}={flat[key]}: must be at least 1")
-    check(c.observe.internals_every >= 0, f"observe.internals_every={c.observe.internals_every}: a number of steps, or 0 for none")
+    check(c.observe.internals_every >= 0, f"observe.internals_every={c.observe.internals_every}: give steps, or 0 for none")
     if not problems:
         check(c.batch_size % c.grad_accum_steps == 0,
               f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}; "

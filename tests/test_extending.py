@@ -16,8 +16,8 @@ from jaxlm.train.step import build_program
 PAGE = pathlib.Path("docs/extending.md").read_text()
 FILES = dict(re.findall(r"`(my_\w+)\.py`\n```python\n(.*?)```", PAGE, re.DOTALL))
 TINY = ["steps=1", "batch_size=2", "seq_len=8", "mesh.data=1", "model.num_layers=1", "model.embed_dim=16", "model.num_heads=2",
-        "data.source=synthetic", "data.tokenizer=byte", "model.vocab_size=32", "schedule.name=constant", "schedule.warmup_steps=0",
-        "observe.log_every=1", "observe.progress=none", "observe.report=False", "eval.every_steps=0"]
+        "data.source=synthetic", "data.tokenizer=byte", "model.vocab_size=32", "schedule.name=constant",
+        "schedule.warmup_steps=0", "observe.log_every=1", "observe.progress=none", "observe.report=False", "eval.every_steps=0"]
 
 
 def test_the_page_has_three_short_files():

@@ -71,7 +71,8 @@ def test_a_run_that_went_another_way_is_told_by_its_first_difference(ran, tmp_pa
 
 def test_from_the_beginning_where_no_checkpoint_is_before(ran, capsys):
     assert main(["replay", f"--workdir={ran}", "--step=2"]) == 2
-    assert "--step=2: no checkpoint is before it (there are 2, 4, 6); give a later step, or --from_start" in capsys.readouterr().err
+    assert "--step=2: no checkpoint is before it (there are 2, 4, 6); give a later step, or --from_start" in \
+        capsys.readouterr().err
     found = replay(str(ran), 2, from_start=True)
     assert found["compared"] == [3] and found["verdict"].endswith("of step 3 from the beginning")
 
@@ -130,9 +131,10 @@ def test_examples_are_read_token_by_token(form, config, tmp_path):
     row = {"row": 0, "index": 0, "epoch": 0, "pieces": [], **{name: a[0].tolist() for name, a in batch.items()}}
     losses = np.arange(config.seq_len, dtype=np.float32)
     found = row_of(row, losses, config, data.tokenizer)
-    told = "".join(span["text"] for span in found["spans"] if "loss" in span and span["loss"] is not None)
+    told_spans = [span for span in found["spans"] if "loss" in span and span["loss"] is not None]
+    told = "".join(span["text"] for span in told_spans)
     plain = "".join(span["text"] for span in found["spans"] if "loss" in span and span["loss"] is None)
     assert told.startswith("yes") and ("hi" in plain if form == "chat" else plain.startswith("ab"))
     mask = np.asarray(row["loss_mask"]) > 0
-    assert [span["place"] for span in found["spans"] if "loss" in span and span["loss"] is not None] == np.flatnonzero(mask).tolist()
+    assert [span["place"] for span in told_spans] == np.flatnonzero(mask).tolist()
     assert found["loss"] == pytest.approx(losses[mask].mean())

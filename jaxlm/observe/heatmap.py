@@ -64,7 +64,8 @@ def picture(title: str, steps: list[int], rows: dict[str, list], measure: str) -
                f'<text x="{left + wide}" y="{top + tall + 14:.0f}" text-anchor="end">step {steps[-1]:,}</text>')
     bar = [[color_of(i / 63) for i in range(64)]]
     out.append(f'<text x="{left}" y="38">{low:.2g}</text><image x="{left + 52}" y="29" width="{wide - 104}" height="9" '
-               f'preserveAspectRatio="none" href="{png(bar)}"/><text x="{left + wide}" y="38" text-anchor="end">{high:.2g}</text>')
+               f'preserveAspectRatio="none" href="{png(bar)}"/>'
+               f'<text x="{left + wide}" y="38" text-anchor="end">{high:.2g}</text>')
     box = f'viewBox="0 0 {width} {top + tall + 24:.0f}" role="img" aria-label="{html.escape(title)}"'
     return f'<div><svg {box}>{"".join(out)}</svg></div>'
 

@@ -68,11 +68,11 @@ def place_of(name: str) -> list:
     """Sorts names of a line as a model is passed through; layer 2 before layer 10."""
     order = ("split", "step", "embedding", "encoder_layers", "first_layers", "layers")
     first = name.partition("/")[0]
-    return [order.index(first) if first in order else len(order), [int(part) if part.isdigit() else 0 for part in name.split("/")],
-            name]
+    numbers = [int(part) if part.isdigit() else 0 for part in name.split("/")]
+    return [order.index(first) if first in order else len(order), numbers, name]
 
 
-# ---- Gradients and updates ------------------------------------------------------------------------------------------------------
+# ---- Gradients and updates ---------------------------------------------------------------------------------------------------
 
 
 def layer_norms(model: Model, grads, old, new, aux) -> dict:
@@ -104,7 +104,7 @@ def module_of(name: str) -> str:
     return f"{first}/norms" if "norm" in rest[0] else f"{first}/{rest[0]}"
 
 
-# ---- Activations and attention --------------------------------------------------------------------------------------------------
+# ---- Activations and attention -----------------------------------------------------------------------------------------------
 
 
 def rows_looked_at(mesh, rows: int) -> int:
@@ -114,7 +114,7 @@ def rows_looked_at(mesh, rows: int) -> int:
 
 
 def watched_model(config, model: Model):
-    """-> the graph of the same model whose blocks and attention can be looked at: each is one `jax.checkpoint`, none in a loop."""
+    """-> the graph of the same model whose blocks and attention can be looked at: each one `jax.checkpoint`, none in a loop."""
     watched = config.copy_and_resolve_references()
     watched.model.remat, watched.model.scan_layers = "full", False
     return build_model(watched, model.specs["embedding"].shape[0], "watched").graph
@@ -135,8 +135,8 @@ def watched(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_query
         ids_BQ = segment_ids_BT[:, at_Q]
         if extras.key_segment_ids_BS is None:
             extras = extras._replace(key_segment_ids_BS=segment_ids_BT)
-    weights = plain_weights(q_BTNH[:, at_Q], k_BSKH, window, softcap, ids_BQ, (first_query + at_Q - np.arange(len(at_Q)))[:, None],
-                            extras)
+    first_Q1 = (first_query + at_Q - np.arange(len(at_Q)))[:, None]  # so that query i is the one of position at_Q[i]
+    weights = plain_weights(q_BTNH[:, at_Q], k_BSKH, window, softcap, ids_BQ, first_Q1, extras)
     entropy_BKGQ = jnp.sum(surprise(weights), axis=-1)
     if extras.sinks_N is not None:
         entropy_BKGQ += surprise(jnp.maximum(1 - jnp.sum(weights, axis=-1), 0))

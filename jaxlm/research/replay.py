@@ -34,7 +34,7 @@ BEFORE = 20  # lines of metrics.jsonl whose median says what was usual before th
 
 
 def replay(workdir: str, step: int, overrides=(), from_start: bool = False) -> dict:
-    """-> {"step", "from_checkpoint", "verdict", "difference" (None: the same bits, or nothing to compare with), "compared" (steps),
+    """-> {"step", "from_checkpoint", "verdict", "difference" (None: the same, or nothing to compare with), "compared" (steps),
     "metrics" (of the step), "usual" (their medians before it), "rows" (by loss, the highest first), "worst" (tokens),
     "internals" (name: value), "usual_internals"}.
 
@@ -87,8 +87,8 @@ def first_step(workdir: str, step: int, steps: list[int], train_lines: list[dict
     earlier = [s for s in steps if s < step]
     if not earlier and not from_start:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-        raise UserError(f"--step={step}: no checkpoint is before it ({there}); give a later step, or --from_start to run it again "
-                        f"from its beginning, {step} steps")
+        raise UserError(f"--step={step}: no checkpoint is before it ({there}); give a later step, or --from_start to run "
+                        f"it again from its beginning, {step} steps")
     return max(earlier, default=0)
 
 
@@ -134,7 +134,7 @@ def build_losses(config, program):
     return losses
 
 
-# ---- Is it the same? ------------------------------------------------------------------------------------------------------------
+# ---- Is it the same? ---------------------------------------------------------------------------------------------------------
 
 
 def compare(metrics: dict[int, dict], logged: dict[int, dict]) -> tuple[str | None, list[int]]:
@@ -168,7 +168,7 @@ def words_of(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
 
 
-# ---- What was in the batch ------------------------------------------------------------------------------------------------------
+# ---- What was in the batch ---------------------------------------------------------------------------------------------------
 
 
 def row_of(row: dict, losses_T, config, tokenizer) -> dict:

@@ -10,7 +10,8 @@ from jaxlm.train.rundir import write_json, write_text
 
 OWN_STYLE = """
 .row{background:var(--card);border-radius:8px;padding:9px 14px;margin:4px 0 14px;font:13px/1.75 ui-monospace,monospace;
-white-space:pre-wrap;overflow-wrap:anywhere}.row i{font-style:normal;border-radius:2px}.row u{text-decoration:none;color:var(--dim)}
+white-space:pre-wrap;overflow-wrap:anywhere}.row i{font-style:normal;border-radius:2px}
+.row u{text-decoration:none;color:var(--dim)}
 .row hr{border:0;border-top:1px dashed var(--dim);margin:5px 0}.wide{overflow-x:auto}
 td{font-variant-numeric:tabular-nums}th{text-align:right;color:var(--dim);font-weight:500;font-size:12px;padding:3px 8px;
 vertical-align:bottom}th:first-child{text-align:left}.num td{text-align:right}.num td:first-child{text-align:left}
@@ -39,8 +40,8 @@ def page(found: dict, count: int) -> str:
 <div class="tiles">{"".join(tile(*t) for t in tiles(found))}</div>
 <h2>Tokens that cost most</h2>{worst_table(found["worst"][:20])}
 <h2>The batch, rows with the highest loss first</h2>
-<p class="dim">{len(shown)} of {len(found["rows"])} rows. Loss of a token, in nats: 0<span class="scale"></span>{high:.2f} and more;
-grey: not in the loss. A pointer on a token shows its number.</p>
+<p class="dim">{len(shown)} of {len(found["rows"])} rows. Loss of a token, in nats: 0<span class="scale"></span>{high:.2f}
+and more; grey: not in the loss. A pointer on a token shows its number.</p>
 {"".join(row_of(row, high) for row in shown)}
 <h2>Inside the layers</h2><p class="dim">{"Below each number, it as a multiple of the median of the looks before this step. "
 if found["usual_internals"] else ""}Darker: higher in its column (logarithmic).</p>
@@ -86,7 +87,8 @@ def row_of(row: dict, high: float) -> str:
 
 def worst_table(worst: list[dict]) -> str:
     body = "".join(f"<tr><td>{x['loss']:.3f}</td><td>{x['probability']:.1e}</td><td>{x['row']}</td><td>{x['place']}</td>"
-                   f'<td><code><span class="dim">{one_line(x["before"][-60:])}</span><b>{one_line(x["text"])}</b></code></td></tr>'
+                   f'<td><code><span class="dim">{one_line(x["before"][-60:])}</span>'
+                   f'<b>{one_line(x["text"])}</b></code></td></tr>'
                    for x in worst)
     return ('<table class="worst"><tr><th>loss</th><th>probability</th><th>row</th><th>place</th>'
             f'<th style="text-align:left">token, after</th></tr>{body}</table>')

@@ -152,8 +152,8 @@ def choose_metric(arms: list[Arm], wanted: str = "") -> tuple[str, str]:
     """-> (split, field) of metrics.jsonl. wanted: "loss", "bits_per_byte", "valid/web:loss"; empty: the validation loss, but
     bits per byte where arms cut text into other tokens, as a loss per token cannot be compared then; without validation the
     training loss. Raises UserError: no run has it."""
-    evaluated = sorted({line["split"] for arm in arms for run in arm.runs for line in run.lines if line["split"] not in UNEVALUATED},
-                       key=lambda split: (split != "valid/all", split))
+    splits = {line["split"] for arm in arms for run in arm.runs for line in run.lines}
+    evaluated = sorted(splits.difference(UNEVALUATED), key=lambda split: (split != "valid/all", split))
     split, _, name = wanted.rpartition(":")
     split = split or (evaluated[0] if evaluated else "train")
     if not name:
