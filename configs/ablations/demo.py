@@ -3,7 +3,8 @@
     jaxlm sweep --config=configs/ablations/demo.py --workdir=runs/demo --mode=processes
 
 The base is a small Llama (AdamW, rope, SwiGLU) of 0.6 M parameters. Learning rates are each optimizer's usual one, not tuned;
-the feed-forwards have the same number of parameters.
+the feed-forwards have the same number of parameters. Found (benchmarks/results/ablation_demo): Muon is better by 0.178 nats a
+character, learned positions worse by 0.367, lion worse by 0.051; relu² cannot be told from SwiGLU. 25 CPU-minutes.
 """
 
 from configs import default
