@@ -215,7 +215,7 @@ def test_a_user_error_of_one_process_ends_all_with_2(environment, tmp_path):
     for i in (0, 1):
         (tmp_path / str(i)).mkdir()
     shutil.copy("jaxlm/data/shakespeare/input.txt", tmp_path / "0" / "text.txt")
-    ends = processes(environment, tmp_path / "x", 2, [0, 1], "--config.data.path=text.txt",
+    ends = processes(environment, tmp_path / "x", 2, [0, 1], "--config.data.mixture=(('text', 'text.txt', 1.0),)",
                      cwd=[tmp_path / "0", tmp_path / "1"])
     assert [code for code, _ in ends] == [2, 2], ends
     assert all("text.txt: no such file" in output for _, output in ends), ends
