@@ -14,14 +14,24 @@ def next_token(config):
     if config.model.family in ("encoder", "encoder_decoder"):
         raise UserError(f"objective.name='next_token': model.family={config.model.family!r} does not tell the next token from "
                         "those before; use model.family=decoder, or objective.name=seq2seq for an encoder_decoder")
-    isolate = config.data.isolate_documents
-    z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
-    router_loss = build_router_loss(config)
+    isolate, loss_of_targets = config.data.isolate_documents, build_loss_of_targets(config)
 
     def objective(model, batch, keys_B=None):
         # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
         positions_BT = batch["positions"] if isolate else None
         x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B)
+        return loss_of_targets(model, batch, x_BTD, stats)
+
+    return objective
+
+
+def build_loss_of_targets(config):
+    """-> (model, batch, x_BTD, stats of the feed-forwards) -> what an objective gives: of the batch's targets, from the last
+    hidden state."""
+    z_loss, smoothing, method = config.objective.z_loss, config.objective.label_smoothing, config.kernels.loss
+    router_loss = build_router_loss(config)
+
+    def loss_of_targets(model, batch, x_BTD, stats):
         loss_sum, nll_sum = cross_entropy(
             x_BTD, model.head_kernel, batch["targets"], batch["loss_mask"], cap=model.final_softcap,
             z_loss=z_loss, label_smoothing=smoothing, method=method)
@@ -29,4 +39,4 @@ def next_token(config):
         router_sum, aux = router_loss(stats, weight_B)
         return loss_sum + router_sum, jnp.sum(weight_B), {"nll": nll_sum, **aux}
 
-    return objective
+    return loss_of_targets
