@@ -11,7 +11,8 @@ import time
 from record import check_idle, save
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
+from jaxlm.validation import validate
 from jaxlm.verbs.start import start_jax
 
 SIZES = {  # layers, width, heads, T, B: the first two leave a device idle most of the time

@@ -11,7 +11,8 @@ import time
 from record import save
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
+from jaxlm.validation import validate
 from jaxlm.verbs.start import start_jax
 
 WIDTHS, RATES = (32, 64, 128, 256), tuple(2.0**-n for n in (10, 9, 8, 7, 6, 5))

@@ -3,7 +3,8 @@
 import random
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
+from jaxlm.validation import validate
 
 CLASSES = ("a", "b")
 

@@ -11,13 +11,14 @@ from classified import CLASSES, classified, write_rows
 from flax import nnx
 
 from jaxlm.cli import main
-from jaxlm.config import load, validate
+from jaxlm.config import load
 from jaxlm.errors import UserError
 from jaxlm.evaluate.classification import class_probabilities, evaluate_classes, scores, table
 from jaxlm.models.block import hide
 from jaxlm.train.loop import train
 from jaxlm.train.restore import open_run
 from jaxlm.train.stop import Patience
+from jaxlm.validation import validate
 
 PROBABILITIES = np.array([[0.9, 0.1], [0.4, 0.6], [0.65, 0.35], [0.2, 0.8], [0.3, 0.7], [0.55, 0.45]])
 LABELS = np.array([0, 0, 1, 1, 1, 0])

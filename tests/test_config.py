@@ -4,8 +4,9 @@ import pathlib
 import pytest
 
 from configs import default
-from jaxlm.config import Tracked, apply_overrides, diff, fingerprint, flatten, load, resolve, steps_of, validate
+from jaxlm.config import Tracked, apply_overrides, diff, fingerprint, flatten, load, resolve, steps_of
 from jaxlm.errors import UserError
+from jaxlm.validation import validate
 
 PRESETS = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
 

@@ -12,11 +12,11 @@ from flax import nnx
 from test_transformer import noisy
 from tiny_config import make_config
 
-from jaxlm.config import validate
 from jaxlm.errors import UserError
 from jaxlm.parallel.expert import best_groups
 from jaxlm.parallel.mesh import axis_sizes, mesh_problems
 from jaxlm.train.state import build_model
+from jaxlm.validation import validate
 
 N, NOPE, ROPE, VALUE, RANK, MOE = 4, 10, 6, 8, 20, 16
 OURS = dict(num_layers=3, embed_dim=32, num_heads=N, head_dim=NOPE + ROPE, rope_fraction=ROPE / (NOPE + ROPE), mlp_dim=MOE,

@@ -8,7 +8,6 @@ import test_mesh
 from flax import nnx
 from tiny_config import make_config
 
-from jaxlm.config import validate
 from jaxlm.errors import UserError
 from jaxlm.kernels import attention
 from jaxlm.kernels.attention import Extras, attend, choose_backend
@@ -17,6 +16,7 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated
 from jaxlm.train.state import build_model
+from jaxlm.validation import validate
 
 OURS = dict(family="encoder", num_layers=2, embed_dim=32, num_heads=4, mlp_dim=40, norm="layer", norm_eps=1e-12,
             norm_place="sum", embed_norm=True, position="learned", token_types=2, attention_bias=True, mlp_bias=True,

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
 from jaxlm.errors import Diverged, Preempted, UserError
 from jaxlm.research import ensemble
 from jaxlm.research.ensemble import train_ensemble
 from jaxlm.research.members import Members
 from jaxlm.train.loop import train
+from jaxlm.validation import validate
 
 
 def make(tmp_path, steps=6, **values):

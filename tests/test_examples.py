@@ -9,7 +9,7 @@ from data_cases import shared, write
 from flax import nnx
 from tiny_config import make_config
 
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
 from jaxlm.data.examples import FORMS, build_form, conversation
 from jaxlm.data.formats import Extent
 from jaxlm.data.inspect import example_pieces
@@ -21,6 +21,7 @@ from jaxlm.data.tokenizers import ByteTokenizer
 from jaxlm.errors import UserError
 from jaxlm.objectives.build import build_objective
 from jaxlm.train.state import build_model
+from jaxlm.validation import validate
 
 
 def told_of(config, record, tokenizer=None):

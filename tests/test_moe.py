@@ -10,7 +10,7 @@ import test_mesh
 from flax import nnx
 from test_mesh import VOCAB, assert_same_run, packed_batch
 
-from jaxlm.config import load, validate
+from jaxlm.config import load
 from jaxlm.errors import UserError
 from jaxlm.models.block import Context, Inits
 from jaxlm.models.moe import MixtureOfExperts, Stats, balance_biases, build_router_loss
@@ -23,6 +23,7 @@ from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated
 from jaxlm.train.state import build_init, build_model
 from jaxlm.train.step import build_train_step
+from jaxlm.validation import validate
 
 
 def tiny(**changes):

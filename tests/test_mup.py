@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
 from jaxlm.errors import UserError
 from jaxlm.models.parametrization import build_parametrization, is_hidden
 from jaxlm.optimizers.build import build_optimizer
@@ -13,6 +13,7 @@ from jaxlm.research.mup import at_width, best_rate, coordinate_check, table, tra
 from jaxlm.train.loop import train
 from jaxlm.train.state import build_model, flatten_paths
 from jaxlm.train.step import build_program
+from jaxlm.validation import validate
 
 
 def make(tmp_path=None, parametrization="standard", **model):

@@ -8,13 +8,14 @@ import pytest
 
 from configs import default
 from jaxlm.cli import main
-from jaxlm.config import fingerprint, load, resolve, validate
+from jaxlm.config import fingerprint, load, resolve
 from jaxlm.errors import UserError
 from jaxlm.research import law as laws
 from jaxlm.research import prediction
 from jaxlm.research.law import Law, Observations
 from jaxlm.research.scaling import fixed_ratio, inner_parameters, isoflop, size_near, size_of, with_shape
 from jaxlm.research.sweep import plan
+from jaxlm.validation import validate
 
 TRUE = Law(1.69, 406.4, 0.34, 410.7, 0.28)  # Hoffmann et al., equation 10
 SIZES, RATIOS = (1e7, 2e7, 4e7, 8e7, 1.6e8), (5, 10, 20, 40)

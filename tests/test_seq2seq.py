@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import default
 from jaxlm import cli
-from jaxlm.config import load, resolve, validate
+from jaxlm.config import load, resolve
 from jaxlm.data.loader import build_data
 from jaxlm.errors import UserError
 from jaxlm.evaluate.answers import Answers, read_split
@@ -22,6 +22,7 @@ from jaxlm.objectives.build import build_objective
 from jaxlm.train.loop import train
 from jaxlm.train.restore import open_run
 from jaxlm.train.state import build_model
+from jaxlm.validation import validate
 
 WORDS = "ab cd ef gh ij kl mn op".split()
 

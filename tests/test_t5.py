@@ -9,7 +9,6 @@ import test_mesh
 from flax import nnx
 from tiny_config import make_config
 
-from jaxlm.config import validate
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import Extras, attend, choose_backend
 from jaxlm.models.positions import bucket_of
@@ -18,6 +17,7 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.mesh import axis_sizes, build_mesh, mesh_problems
 from jaxlm.parallel.rules import replicated
 from jaxlm.train.state import build_model
+from jaxlm.validation import validate
 
 N, H = 4, 6
 OURS = dict(family="encoder_decoder", num_layers=2, encoder_layers=3, embed_dim=32, num_heads=N, head_dim=H, mlp_dim=40,

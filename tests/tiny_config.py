@@ -1,7 +1,8 @@
 """A config of a tiny model, by the keys that differ from the default."""
 
 from configs import default
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
+from jaxlm.validation import validate
 
 
 def make_config(**model):

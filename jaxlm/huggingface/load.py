@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.config import apply_overrides, import_parts, resolve, validate
+from jaxlm.config import apply_overrides, import_parts, resolve
 from jaxlm.errors import UserError
 from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
@@ -19,6 +19,7 @@ from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensor
 from jaxlm.models.families.family import Family, apply, read_config
 from jaxlm.train.heap import give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
+from jaxlm.validation import validate
 
 ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own on a CPU; any other it copies
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlm.config import resolve, validate
+from jaxlm.config import resolve
 from jaxlm.errors import UserError
 from jaxlm.observe.jaxprs import REMATERIALISED, evaluate
 from jaxlm.parallel import target
 from jaxlm.research.ensemble import train_ensemble
 from jaxlm.research.members import Members
+from jaxlm.validation import validate
 
 TOLERANCE = 0.25  # largest exponent of width that counts as none; the standard parametrisation has 0.5 to 1
 

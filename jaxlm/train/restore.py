@@ -22,7 +22,8 @@ class Run(NamedTuple):
 def config_of_run(workdir: str, overrides=()) -> ConfigDict:
     """The config stored in `workdir`, on top of today's defaults. Raises UserError if there is none."""
     from configs import default
-    from jaxlm.config import apply_overrides, validate
+    from jaxlm.config import apply_overrides
+    from jaxlm.validation import validate
 
     file = pathlib.Path(workdir, "config.json")
     if not file.is_file():

@@ -161,7 +161,8 @@ def halvings(text: str):
 
 def members_of(args) -> tuple[list, list[str]]:
     """-> (a config for each member, its name)."""
-    from jaxlm.config import apply_overrides, load, resolve, validate
+    from jaxlm.config import apply_overrides, load, resolve
+    from jaxlm.validation import validate
 
     if args.seeds < 1:
         raise UserError(f"--seeds={args.seeds}: must be at least 1")
