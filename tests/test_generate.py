@@ -13,7 +13,7 @@ from jaxlm.data.tokenizers import ByteTokenizer
 from jaxlm.errors import UserError
 from jaxlm.generate.beam import BeamSearch
 from jaxlm.generate.decoding import Generator, Request
-from jaxlm.generate.sampling import Sampling, pick, rule_out
+from jaxlm.generate.sampling import Sampling, draw, pick, rule_out
 from jaxlm.generate.text import Text
 from jaxlm.train.state import build_model
 
@@ -157,6 +157,18 @@ def test_samples_follow_the_probabilities_and_the_penalty_holds_back_what_was_sa
     penalised = jnp.asarray([1.0, 1.0, -2.0, 0.5])
     np.testing.assert_allclose(draw(Sampling(repetition_penalty=2.0), seen), jax.nn.softmax(penalised), atol=0.015)
     assert int(pick(logits, Sampling(temperature=0.0, repetition_penalty=4.0), seen, keys[0])[0]) == 1
+
+
+def test_draws_over_many_blocks_follow_the_probabilities():
+    """Some of them at the borders of blocks."""
+    logits = np.full(600, -np.inf, np.float32)
+    logits[[0, 1, 100, 255, 256, 257, 300, 400, 511, 512, 598, 599]] = 2 * np.random.default_rng(0).normal(size=12)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    share = np.bincount(jax.jit(jax.vmap(lambda key: draw(logits, key)))(keys), minlength=600) / 20_000
+    wanted = np.asarray(jax.nn.softmax(logits))
+    assert not share[wanted == 0].any()
+    deviation = np.sqrt(wanted * (1 - wanted) / 20_000)
+    assert np.max(np.abs(share - wanted)[wanted > 0] / deviation[wanted > 0]) < 4
 
 
 # ---- Beams -------------------------------------------------------------------------------------------------------------------

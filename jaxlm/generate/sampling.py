@@ -46,8 +46,17 @@ def pick(logits_V, options: Sampling, seen_V, key):
     logits_V = logits_V / jnp.maximum(options.temperature, 1e-6)
     if seen_V is not None:
         logits_V = rule_out(logits_V, options)
-    token = jnp.where(options.temperature == 0, greedy, jax.random.categorical(key, logits_V)).astype(jnp.int32)
+    token = jnp.where(options.temperature == 0, greedy, draw(logits_V, key)).astype(jnp.int32)
     return token, log_probabilities_V[token]
+
+
+def draw(logits_V, key, block: int = 256):
+    """A token with the probability that its logit gives it: first its block of the vocabulary, then itself, which takes a
+    random number for each block and each of one block's tokens. For all V of them they took longer than the head does."""
+    blocks_GN = jnp.pad(logits_V, (0, -len(logits_V) % block), constant_values=-jnp.inf).reshape(-1, block)
+    key_of_block, key_in_block = jax.random.split(key)
+    at = jax.random.categorical(key_of_block, jax.nn.logsumexp(blocks_GN, axis=1))
+    return at * block + jax.random.categorical(key_in_block, blocks_GN[at])
 
 
 def rule_out(logits_V, options: Sampling):
