@@ -15,9 +15,9 @@ an estimated 25 and 16 minutes. Not run in full yet.
 from configs import default
 from jaxlm.research.scaling import fixed_ratio
 
-PARAMETERS = (1e5, 2e5, 4e5, 8e5)
+PARAMETERS = (5e4, 1e5, 2e5, 4e5)
 TOKENS_PER_PARAMETER = (1, 2, 4)
-LARGEST = 1.6e6, 2  # parameters, tokens for each
+LARGEST = 8e5, 2  # parameters, tokens for each
 
 
 def get_config(arg: str = ""):
