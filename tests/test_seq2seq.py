@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import log_softmax
 
 from configs import default
 from jaxlm import cli
@@ -60,9 +61,14 @@ def losses(config):
     """(sums over all rows of the validation split, number of rows)."""
     data = build_data(config)
     model, objective = build_model(config, data.vocab_size, "plain"), build_objective(config)
-    params = jax.tree.map(lambda a: a + 0.2 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), model.init(jax.random.key(0)))
     batch = data.valid.rows.take(range(len(data.valid.rows)))
-    loss, weight, aux = objective(nnx.merge(model.graph, params), batch)
+
+    @jax.jit
+    def run(batch):
+        params = jax.tree.map(lambda a: a + 0.2 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), model.init(jax.random.key(0)))
+        return objective(nnx.merge(model.graph, params), batch)
+
+    loss, weight, aux = run(batch)
     return np.array([loss, weight, aux["nll"]]), len(data.valid.rows)
 
 
@@ -79,7 +85,7 @@ def test_beams_side_by_side_are_those_of_each_alone_and_greedy_is_one_beam(tmp_p
     write_pairs(tmp_path)
     config = config_of(tmp_path, data__source_len=48)
     model = build_model(config, 257, "plain")
-    params = jax.tree.map(lambda a: 3 * a, model.init(jax.random.key(1)))
+    params = jax.jit(lambda key: jax.tree.map(lambda a: 3 * a, model.init(key)))(jax.random.key(1))
     prompts, generator = Prompts(config, build_data(config).tokenizer), Generator(model, 257, 32, 48)
     requests = [prompts.request(text, Sampling(temperature=0.0))._replace(num_tokens=20)
                 for text in ("ab cd ef", "x" * 40, "gh", "op mn kl ij gh", "ab")]
@@ -89,12 +95,16 @@ def test_beams_side_by_side_are_those_of_each_alone_and_greedy_is_one_beam(tmp_p
     for ours, theirs in zip(together, alone, strict=True):
         assert [h.ids for h in ours] == [h.ids for h in theirs]
         np.testing.assert_allclose([h.score for h in ours], [h.score for h in theirs], rtol=1e-4)
-    module = nnx.merge(model.graph, params)
+
+    @jax.jit
+    def read(source, ids):
+        module = nnx.merge(model.graph, params)
+        return module.logits(module.hidden(ids, memory=module.encode(source))[0])
+
     for request, found in zip(requests, together, strict=True):  # the score is that of the whole text, read at once
-        memory = module.encode(jnp.asarray([request.source]))
-        ids = jnp.asarray([request.prompt + found[0].ids])
-        logits = module.logits(module.hidden(ids[:, :-1], memory=memory)[0])[0, :, :257]
-        total = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[0, 1:, None], 1).sum()
+        ids = np.array([request.prompt + found[0].ids])
+        logits = np.asarray(read(np.array([request.source]), ids[:, :-1]))[0, :, :257]
+        total = np.take_along_axis(log_softmax(logits, axis=-1), ids[0, 1:, None], 1).sum()
         np.testing.assert_allclose(found[0].score * 20**0.7, total, rtol=1e-4)
 
 
