@@ -30,9 +30,9 @@ def pair():
     """-> (student, its parameters, module of the teacher), whose softcap and width are others."""
     student, teacher = build_model(config_of(), VOCAB, "plain"), build_model(
         config_of(model__embed_dim=48, model__num_layers=1, model__final_softcap=3.0), VOCAB, "plain")
-    of_teacher = jax.jit(teacher.init)(jax.random.key(1))
+    of_teacher = teacher.init(jax.random.key(1))
     of_teacher["embedding"] = 5 * of_teacher["embedding"]  # an opinion
-    return student, jax.jit(student.init)(jax.random.key(0)), nnx.merge(teacher.graph, of_teacher)
+    return student, student.init(jax.random.key(0)), nnx.merge(teacher.graph, of_teacher)
 
 
 def log_softmax(a):

@@ -58,7 +58,7 @@ def test_sizes_and_learning_rates_follow_width():
     c = make(parametrization="completep", embed_dim=128, num_heads=8, num_layers=2, base_num_layers=1, tie_embeddings=False)
     model = build_model(c, 64, "plain")
     scaling, specs = build_parametrization(c.model), flatten_paths(model.specs)
-    params = flatten_paths(jax.jit(model.init)(jax.random.key(0)))
+    params = flatten_paths(model.init(jax.random.key(0)))
     hidden = {path for path, spec in specs.items() if is_hidden(spec)}
     assert hidden == {f"layers/{part}/kernel" for part in (
         *(f"attention/{x}" for x in ("query", "key", "value", "out")), *(f"feedforward/{x}" for x in ("up", "gate", "down")))}
@@ -78,7 +78,7 @@ def test_sizes_and_learning_rates_follow_width():
 def test_weight_decay_keeps_its_product_with_the_learning_rate():
     c = make(parametrization="mup", embed_dim=128, num_heads=8)
     model = build_model(c, 64, "plain")
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = model.init(jax.random.key(0))
     zero = jax.tree.map(np.zeros_like, params)
     optimizer = build_optimizer(c, model.specs)
     after, _ = optimizer.update(zero, optimizer.init(params), params, 0.1, 0.5)

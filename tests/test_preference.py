@@ -53,7 +53,7 @@ class Models:
 
     def __init__(self, **changes):
         self.model = build_model(tiny(data__form="preference", **changes), VOCAB, "plain")
-        self.params, self.other = (jax.jit(self.model.init)(jax.random.key(seed)) for seed in (0, 1))
+        self.params, self.other = (self.model.init(jax.random.key(seed)) for seed in (0, 1))
         self.batch = pair_batch()
         self.module = lambda params: nnx.merge(self.model.graph, params)
 

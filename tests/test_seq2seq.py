@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -61,14 +60,9 @@ def losses(config):
     """(sums over all rows of the validation split, number of rows)."""
     data = build_data(config)
     model, objective = build_model(config, data.vocab_size, "plain"), build_objective(config)
+    params = jax.tree.map(lambda a: a + 0.2 * np.cos(np.arange(a.size).reshape(a.shape)), model.init(jax.random.key(0)))
     batch = data.valid.rows.take(range(len(data.valid.rows)))
-
-    @jax.jit
-    def run(batch):
-        params = jax.tree.map(lambda a: a + 0.2 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), model.init(jax.random.key(0)))
-        return objective(nnx.merge(model.graph, params), batch)
-
-    loss, weight, aux = run(batch)
+    loss, weight, aux = jax.jit(lambda params, batch: objective(nnx.merge(model.graph, params), batch))(params, batch)
     return np.array([loss, weight, aux["nll"]]), len(data.valid.rows)
 
 
@@ -85,7 +79,7 @@ def test_beams_side_by_side_are_those_of_each_alone_and_greedy_is_one_beam(tmp_p
     write_pairs(tmp_path)
     config = config_of(tmp_path, data__source_len=48)
     model = build_model(config, 257, "plain")
-    params = jax.jit(lambda key: jax.tree.map(lambda a: 3 * a, model.init(key)))(jax.random.key(1))
+    params = jax.tree.map(lambda a: 3 * a, model.init(jax.random.key(1)))
     prompts, generator = Prompts(config, build_data(config).tokenizer), Generator(model, 257, 32, 48)
     requests = [prompts.request(text, Sampling(temperature=0.0))._replace(num_tokens=20)
                 for text in ("ab cd ef", "x" * 40, "gh", "op mn kl ij gh", "ab")]

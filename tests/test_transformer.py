@@ -21,7 +21,6 @@ def tiny(**model):
     return config
 
 
-@jax.jit
 def noisy(params):
     """Nothing stays zero, so that every part has its say."""
     return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
