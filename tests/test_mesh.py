@@ -68,7 +68,7 @@ def build(c):
 def run(c, steps=STEPS):
     """-> (losses, first gradient as Adam's first moment, the state)."""
     mesh, _, init, shardings, step = build(c)
-    state = jax.device_put(jax.jit(init)(3), shardings)  # one program for all meshes
+    state = jax.device_put(jax.device_get(jax.jit(init)(3)), shardings, may_alias=False)  # one program for all meshes
     losses, gradient = [], None
     for i in range(steps):
         state, metrics = step(state, jax.device_put(packed_batch(c, i), batch_sharding(mesh)), HYPER)
