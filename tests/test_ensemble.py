@@ -25,7 +25,7 @@ def make(tmp_path, steps=6, **values):
     """A tiny run on Tiny Shakespeare. values: config keys, dots written as two underscores."""
     c = default.get_config()
     c.steps, c.batch_size, c.seq_len = steps, 4, 16
-    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 32, 2
+    c.model.num_layers, c.model.embed_dim, c.model.num_heads = 2, 32, 2
     c.data.store_dir = str(tmp_path / "stores")
     c.optimizer.learning_rate = 3e-3
     c.eval.batches, c.eval.every_steps, c.checkpoint.every_steps = 2, 3, 3
