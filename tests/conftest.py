@@ -8,8 +8,10 @@ from importlib.metadata import version
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective holds a thread of each device until all have come; with fewer threads than those at once, it may never end.
 os.environ["PJRT_NPROC"] = "256"
+os.environ["OMP_NUM_THREADS"] = "1"  # on matrices this small, the threads of NumPy's BLAS and of torch mostly wait in a loop
 # Programs this small are sooner run than optimised; those of tests/promises/test_runs.py are compiled as a user's.
-HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+HASTY = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+         " --xla_cpu_parallel_codegen_split_count=1")  # the other worker has the other core
 if version("jaxlib").startswith("0.10."):  # its other emitter compiles twice as fast; later ones have no choice
     HASTY += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from classified import CLASSES, classified, write_rows
@@ -73,12 +74,15 @@ def test_probabilities_are_those_of_each_text_alone_in_order(run):
     p_NC, labels_N = class_probabilities(opened, opened.data.valid)
     lines = [line.split("\t") for line in (folder / "valid.tsv").read_text().splitlines()]
     assert labels_N.tolist() == [CLASSES.index(name) for _, name in lines]
-    model = nnx.merge(opened.model.graph, opened.params)
+
+    @jax.jit
+    def probabilities(params, ids_BT):
+        model = nnx.merge(opened.model.graph, params)
+        return jax.nn.softmax(model.classes(model.hidden(ids_BT, None, jnp.ones_like(ids_BT))[0].mean(1)))
+
     for (text, _), p_C in zip(lines, p_NC, strict=True):
         ids = np.array([list(opened.data.tokenizer.encode(text)) + [opened.data.tokenizer.eos_id]])
-        x_BTD, _, _ = model.hidden(ids, None, np.ones_like(ids))
-        alone_C = jax.nn.softmax(model.classes(x_BTD.mean(1)))[0]
-        np.testing.assert_allclose(p_C, alone_C, atol=2e-5)
+        np.testing.assert_allclose(p_C, probabilities(opened.params, ids)[0], atol=2e-5)
 
 
 def test_early_stopping_keeps_the_best_and_the_same_command_changes_nothing(run):

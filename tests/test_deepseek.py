@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_named(change, word):
 MODEL = {f"model__{key}": value for key, value in dict(
     OURS, num_kv_heads=N, num_layers=2, query_rank=24, shared_experts=1, router_score="sigmoid", router_group_best=2,
     bias_update_rate=0.001, tie_embeddings=True).items()}
-STEPS = 8
+STEPS = 4
 
 
 @functools.cache

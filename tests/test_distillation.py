@@ -40,10 +40,14 @@ def log_softmax(a):
     return a - np.log(np.exp(a).sum(-1, keepdims=True))
 
 
+@jax.jit
+def logits_of(module, batch):
+    return module.logits(module.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[0])
+
+
 def expected(module, teacher, batch, o):
     """-> (loss, cross-entropy, KL), sums in float64."""
-    logits, of_teacher = (np.asarray(m.logits(m.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[0]), np.float64)
-                          for m in (module, teacher))
+    logits, of_teacher = (np.asarray(logits_of(m, batch), np.float64) for m in (module, teacher))
     mask, t = batch["loss_mask"], o.temperature
     nll = -(np.take_along_axis(log_softmax(logits), batch["targets"][..., None], -1)[..., 0] * mask).sum()
     p, q = log_softmax(of_teacher / t), log_softmax(logits / t)
@@ -60,13 +64,13 @@ CASES = [{}, dict(objective__kl="reverse", objective__temperature=2.0, objective
 def test_the_loss_equals_numpy_in_float64_and_its_gradient_finite_differences(pair, changes):
     student, params, teacher = pair
     c, batch = config_of(**changes), pair_batch()
-    objective = build_objective(c)
+    objective = jax.jit(build_objective(c))
     module = lambda p: nnx.merge(student.graph, p)
     loss, weight, aux = objective(module(params), batch, frozen=teacher)
     wanted = expected(module(params), teacher, batch, c.objective)
     np.testing.assert_allclose([loss, aux["nll"], aux["teacher_kl"]], wanted, rtol=2e-5)
     assert weight == batch["loss_mask"].sum()
-    grads = jax.grad(lambda p: objective(module(p), batch, frozen=teacher)[0])(params)
+    grads = jax.jit(jax.grad(lambda p: objective(module(p), batch, frozen=teacher)[0]))(params)
     norm = float(np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads))))
     step = 1e-2 / norm
     moved = (module(jax.tree.map(lambda p, g, s=s: p + s * step * g, params, grads)) for s in (1, -1))
@@ -76,7 +80,7 @@ def test_the_loss_equals_numpy_in_float64_and_its_gradient_finite_differences(pa
 
 def test_of_itself_there_is_nothing_to_learn(pair):
     student, params, _ = pair
-    objective, module = build_objective(config_of(objective__teacher_weight=1.0)), nnx.merge(student.graph, params)
+    objective, module = jax.jit(build_objective(config_of(objective__teacher_weight=1.0))), nnx.merge(student.graph, params)
     loss, _, aux = objective(module, pair_batch(), frozen=module)
     assert abs(loss) < 1e-4 and abs(aux["teacher_kl"]) < 1e-4
 

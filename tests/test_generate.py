@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import golden
+from scipy.special import log_softmax
 from test_huggingface import opened
 from test_step import tiny
 
@@ -24,7 +25,7 @@ SHAPES = {
     "grouped, windows, scanned": dict(model__num_kv_heads=1, model__window_pattern="LG", model__window=8, model__scan_layers=True,
                                       model__remat="full"),
     "latent, experts": dict(model__attention="latent", model__kv_rank=16, model__feedforward="moe", model__num_experts=4,
-                            model__experts_per_token=2, model__num_layers=3, model__first_dense_layers=1),
+                            model__experts_per_token=2, model__first_dense_layers=1),
     "n-grams, value residual": dict(model__ngram_max=3, model__value_residual=True),
 }
 
@@ -32,6 +33,12 @@ SHAPES = {
 def model_of(seq_len=96, **changes):
     model = build_model(tiny(seq_len=seq_len, **changes), 64, "blockwise")
     return model, jax.tree.map(lambda a: 3 * a, model.init(jax.random.key(1)))  # clear preferences
+
+
+def read(model, params, tokens_BT):
+    """Logits of whole texts."""
+    run = lambda params, tokens: (module := nnx.merge(model.graph, params)).logits(module.hidden(tokens)[0])
+    return np.asarray(jax.jit(run)(params, tokens_BT))
 
 
 def uncached(model, params, prompt, num_tokens, seq_len, source=None):
@@ -102,9 +109,8 @@ def test_log_probabilities_are_the_models_and_a_stop_id_ends_a_text():
     model, params = model_of()
     tokens = list(Generator(model, 60, 96).stream(params, [Request(PROMPTS[0], 8, GREEDY)]))
     text = PROMPTS[0] + [t.id for t in tokens]
-    module = nnx.merge(model.graph, params)
-    logits = module.logits(module.hidden(jnp.asarray([text]))[0])[0, :, :60]
-    expected = jax.nn.log_softmax(logits)[jnp.arange(2, len(text) - 1), jnp.asarray(text[3:])]
+    logits = read(model, params, np.array([text]))[0, :, :60]
+    expected = log_softmax(logits, axis=-1)[np.arange(2, len(text) - 1), text[3:]]
     np.testing.assert_allclose([t.log_probability for t in tokens], expected, atol=1e-4)
     stop = tokens[3].id
     again = list(Generator(model, 60, 96).stream(params, [Request(PROMPTS[0], 8, GREEDY, stop=frozenset({stop}))]))
@@ -151,7 +157,7 @@ def test_what_is_ruled_out_is_what_sorting_rules_out(options):
 def test_samples_follow_the_probabilities_and_the_penalty_holds_back_what_was_said():
     logits, seen = jnp.asarray([2.0, 1.0, -1.0, 0.5]), jnp.asarray([True, False, True, False])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens = lambda options, seen: jax.vmap(lambda key: pick(logits, options, seen, key)[0])(keys)
+    tokens = jax.jit(lambda options, seen: jax.vmap(lambda key: pick(logits, options, seen, key)[0])(keys))
     draw = lambda options, seen: np.bincount(tokens(options, seen), minlength=4) / 20_000
     np.testing.assert_allclose(draw(Sampling(temperature=2.0), None), jax.nn.softmax(logits / 2), atol=0.015)
     penalised = jnp.asarray([1.0, 1.0, -2.0, 0.5])
@@ -180,10 +186,9 @@ def test_many_beams_find_the_likeliest_text_of_all():
     model = build_model(c, 8, "plain")
     params = jax.tree.map(lambda a: 4 * a, model.init(jax.random.key(2)))
     texts = np.stack(np.meshgrid(*[np.arange(8)] * 4, indexing="ij"), -1).reshape(-1, 4)
-    module = nnx.merge(model.graph, params)
-    rows = jnp.asarray(np.concatenate([np.full((len(texts), 1), 3), texts], 1).astype(np.int32))
-    scores = jax.nn.log_softmax(module.logits(module.hidden(rows[:, :-1])[0]))
-    total = np.asarray(jnp.take_along_axis(scores, rows[:, 1:, None], 2)[..., 0].sum(1))
+    rows = np.concatenate([np.full((len(texts), 1), 3), texts], 1)
+    scores = log_softmax(read(model, params, rows[:, :-1]), axis=-1)
+    total = np.take_along_axis(scores, rows[:, 1:, None], 2)[..., 0].sum(1)
     found = BeamSearch(Generator(model, 8, 16), 512).search(params, [Request([3], 4)])[0]
     assert found[0].ids == texts[total.argmax()].tolist()
     np.testing.assert_allclose([h.score * 4 for h in found[:5]], np.sort(total)[::-1][:5], atol=1e-4)

@@ -80,7 +80,7 @@ def test_backends_without_sinks_refuse(backend):
 
 # ---- Over devices -----------------------------------------------------------------------------------------------------------
 
-STEPS = 8  # from about 10 on, the last bit of a router's score may send a token elsewhere
+STEPS = test_mesh.STEPS
 MODEL = dict(model__attention_sinks=True, model__mlp_bias=True, model__router_bias=True, model__expert_form="clamped_swiglu")
 
 

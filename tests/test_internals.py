@@ -48,6 +48,12 @@ def looked(c):
     return line, before, jax.device_get(after["params"]), jax.device_get(metrics), batch, program
 
 
+def last(program, params, batch):
+    """What the last block, or the norm after it, gives."""
+    inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+    return jax.jit(lambda params: nnx.merge(program.model.graph, params).hidden(*inputs)[0])(params)
+
+
 def root_mean_square(*arrays):
     return math.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in arrays) / sum(a.size for a in arrays))
 
@@ -64,8 +70,7 @@ def test_norms_are_those_of_the_step_and_activations_those_of_the_model():
     whole = math.sqrt(sum(size * line[f"{module}/grad_rms"] ** 2 for module, size in sizes.items()))
     assert whole == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
     assert {name.removesuffix("/grad_rms") for name in line if name.endswith("grad_rms")} == set(sizes)
-    model = nnx.merge(program.model.graph, jax.tree.map(jnp.asarray, before))
-    x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    x_BTD = last(program, before, batch)
     assert line["final_norm/activation_rms"] == pytest.approx(root_mean_square(np.asarray(x_BTD)), rel=1e-5)
 
 
@@ -89,8 +94,7 @@ def test_entropy_is_that_of_each_heads_weights():
 def test_experts_have_their_load_and_an_untrained_attention_looks_everywhere():
     line, before, _, _, batch, program = looked(small(model__feedforward="moe", model__num_experts=4, model__scan_layers=True,
                                                       model__num_layers=1, model__norm="none"))
-    model = nnx.merge(program.model.graph, jax.tree.map(jnp.asarray, before))
-    x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])  # without a norm, the last block's
+    x_BTD = last(program, before, batch)  # without a norm, the last block's
     assert line["layers/0/activation_rms"] == pytest.approx(root_mean_square(np.asarray(x_BTD)), rel=1e-5)
     even = sum(math.log(t + 1) for t in range(16)) / 16
     assert line["layers/0/attention/attention_entropy"] == pytest.approx(even, abs=1e-3)

@@ -22,7 +22,7 @@ from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_o
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
 from jaxlm.train.step import build_train_step
 
-STEPS, VOCAB = 10, 48
+STEPS, VOCAB = 4, 48
 
 
 def tiny(**changes):
@@ -68,7 +68,7 @@ def build(c):
 def run(c, steps=STEPS):
     """-> (losses, first gradient as Adam's first moment, the state)."""
     mesh, _, init, shardings, step = build(c)
-    state = jax.jit(init, out_shardings=shardings)(3)
+    state = jax.device_put(jax.device_get(jax.jit(init)(3)), shardings, may_alias=False)  # one program for all meshes
     losses, gradient = [], None
     for i in range(steps):
         state, metrics = step(state, jax.device_put(packed_batch(c, i), batch_sharding(mesh)), HYPER)
@@ -112,6 +112,14 @@ ACCUMULATE = ("fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=4 ring", "stag
     pytest.param(mesh, 4, marks=() if mesh in ACCUMULATE else pytest.mark.slow) for mesh in MESHES])
 def test_every_mesh_gives_the_same_curve_and_gradient(mesh, accum):
     assert_same_run(tiny(**MESHES[mesh], grad_accum_steps=accum), reference())
+
+
+def test_a_state_is_born_the_same_on_every_mesh():
+    mesh, _, init, shardings, _ = build(tiny(mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    born = flatten_paths(jax.jit(init, out_shardings=shardings)(3))
+    assert {len(leaf.sharding.spec) > 0 for leaf in born.values()} == {True, False}
+    for path, leaf in flatten_paths(jax.jit(init)(3)).items():
+        np.testing.assert_array_equal(born[path], leaf, err_msg=path)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(window=5), dict(softcap=3.0), dict(segments=True, window=9)])

@@ -43,6 +43,11 @@ def config_of(name, **changes):
     return tiny(objective__name=name, data__form="preference", **changes)
 
 
+@jax.jit
+def logits_of(module, batch):
+    return module.logits(module.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[0])
+
+
 class Models:
     """A model in training and its reference, their logits in float64."""
 
@@ -54,11 +59,10 @@ class Models:
 
     def log_probs(self, params):
         """float64 (rows, T) of each target, from the model's logits."""
-        b, module = self.batch, self.module(params)
-        logits = np.asarray(module.logits(module.hidden(b["tokens"], b["positions"], b["segment_ids"])[0]), np.float64)
+        logits = np.asarray(logits_of(self.module(params), self.batch), np.float64)
         logits -= logits.max(-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        return np.take_along_axis(logits, b["targets"][..., None], -1)[..., 0]
+        return np.take_along_axis(logits, self.batch["targets"][..., None], -1)[..., 0]
 
     def answers(self, params):
         """[(chosen, rejected)] of (sum of log-probabilities, tokens), by loops."""
@@ -101,7 +105,7 @@ CASES = [("dpo", {}), ("dpo", dict(objective__beta=2.0, objective__label_smoothi
 def test_losses_equal_numpy_in_float64(models, name, changes):
     c = config_of(name, **changes)
     frozen = {"frozen": models.module(models.other)} if name == "dpo" else {}
-    loss, weight, aux = build_objective(c)(models.module(models.params), models.batch, **frozen)
+    loss, weight, aux = jax.jit(build_objective(c))(models.module(models.params), models.batch, **frozen)
     losses, margins = expected(name, models.answers(models.params), models.answers(models.other), c.objective)
     assert weight == len(losses) == aux["examples"] == 3
     np.testing.assert_allclose([loss, aux["nll"], aux["reward_margin"]], [losses.sum(), losses.sum(), margins.sum()], rtol=2e-5)
@@ -114,7 +118,7 @@ def test_gradients_equal_finite_differences(models, name, changes):
     c = config_of(name, **changes)
     objective = build_objective(c)
     frozen = {"frozen": models.module(models.other)} if name == "dpo" else {}
-    grads = jax.grad(lambda p: objective(models.module(p), models.batch, **frozen)[0])(models.params)
+    grads = jax.jit(jax.grad(lambda p: objective(models.module(p), models.batch, **frozen)[0]))(models.params)
     reference = models.answers(models.other)
     loss = lambda params: expected(name, models.answers(params), reference, c.objective)[0].sum()
     norm = float(np.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads))))
@@ -134,7 +138,7 @@ def test_the_odds_are_exact_near_both_ends():
 
 def test_nothing_beside_the_answers_and_no_other_pair_has_a_part(models):
     """The gradient of a row's loss in the embeddings of another row's tokens is zero; a prompt counts as context alone."""
-    objective = build_objective(config_of("orpo"))
+    objective = jax.jit(build_objective(config_of("orpo")))
     batch = dict(models.batch)
     alone = {name: a[:1] for name, a in batch.items()}, {name: a[1:] for name, a in batch.items()}
     sums = [objective(models.module(models.params), b) for b in (batch, *alone)]

@@ -25,7 +25,7 @@ def get_config(arg=""):
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 8, 1
     c.eval.batches, c.eval.every_steps, c.eval.batch_size = 1, 2, 8
     c.checkpoint.every_steps, c.observe.log_every, c.observe.report = 0, 1, False
-    c.schedule.warmup_steps = 1
+    c.schedule.warmup_steps, c.mesh.data = 1, 1
     return c
 
 def sweep(add):

@@ -62,6 +62,9 @@ class Checkpoints:
             logging.getLogger("absl").setLevel(logging.ERROR)
             import orbax.checkpoint as ocp
 
+            # Copies of a leaf on several devices share its writing, by slices, each a program to compile: not of small leaves.
+            ocp.type_handlers.register_type_handler(
+                jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True)
             policy = ocp.checkpoint_managers
             policies = [policy.LatestN(max(1, self.keep))]
             if self.keep_every:

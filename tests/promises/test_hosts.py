@@ -17,7 +17,7 @@ from conftest import HASTY
 pytestmark = pytest.mark.xdist_group("hosts")  # one worker, so that the runs they compare with are made once
 STEPS = 8
 BASE = ["--config=configs/default.py", f"--config.steps={STEPS}", "--config.batch_size=8", "--config.seq_len=16",
-        "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
+        "--config.model.num_layers=1", "--config.model.embed_dim=32", "--config.model.num_heads=2",
         "--config.model.dropout=0.1", "--config.optimizer.learning_rate=0.01", "--config.eval.batches=3",
         "--config.eval.every_steps=4", "--config.checkpoint.every_steps=2",
         "--config.checkpoint.keep=9", "--config.observe.log_every=1", "--config.observe.report=false",

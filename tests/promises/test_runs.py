@@ -21,7 +21,7 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get(
        "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "XLA_FLAGS": ""}
 QUICK = {**ENV, "XLA_FLAGS": HASTY}  # where no bits are compared
 SMALL = ["--config=configs/shakespeare.py", "--config.steps=8", "--config.batch_size=4", "--config.seq_len=16",
-         "--config.model.num_layers=2", "--config.model.embed_dim=32", "--config.model.num_heads=2",
+         "--config.model.num_layers=1", "--config.model.embed_dim=32", "--config.model.num_heads=2",
          "--config.model.dropout=0.1", "--config.data.tokenizer=char", "--config.eval.batches=2",
          "--config.eval.sample_tokens=5", "--config.checkpoint.every_steps=4", "--config.checkpoint.keep=5",
          "--config.eval.every_steps=4", "--config.observe.log_every=1"]
@@ -233,7 +233,7 @@ def test_a_run_of_many_devices_is_read_on_one(tmp_path):
                    env={**ENV, "XLA_FLAGS": f"{HASTY} --xla_force_host_platform_device_count=4"})
     assert result.returncode == 0 and "data=2, tensor=2" in result.stdout, result.stderr
     table = [line.split() for line in result.stdout.splitlines() if line.startswith("layers/attention/query/kernel")]
-    assert table[0][1:] == ["2x32x2x16", "-,", "-,", "tensor,", "-", "4,096"], result.stdout
+    assert table[0][1:] == ["1x32x2x16", "-,", "-,", "tensor,", "-", "2,048"], result.stdout
     loss = json.loads((tmp_path / "m" / "summary.json").read_text())["valid_loss"]
     result = jaxlm("eval", f"--workdir={tmp_path / 'm'}", "--json", env=QUICK)
     assert result.returncode == 0, result.stderr
