@@ -1,9 +1,13 @@
 """`jaxlm VERB`: the verbs are in `jaxlm.verbs`. Nothing heavy is imported before the arguments and the config are right."""
 
 import argparse
+import os
 import sys
 import time
 import traceback
+
+# NumPy's and SciPy's products are tiny here (the fits of `jaxlm scale`): threads for them only wait, and take cores from others.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from jaxlm.errors import Diverged, PeerLost, Preempted, UserError
 from jaxlm.observe import process_log
