@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
-from jaxlm.huggingface.tensors import as_bits
+from jaxlm.huggingface.tensors import copy_over
 from jaxlm.models.families.family import Family
 
 
@@ -51,8 +51,10 @@ class Tensor(NamedTuple):
         parts = [place.layout.to_there(numbers(path, index)) for path, index, place in self.parts]
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate([as_bits(part) for part in parts], self.parts[0][2].axis).view(parts[0].dtype)
-
+        out = np.empty(self.parts[0][2].whole, parts[0].dtype)
+        for part, (_, _, place) in zip(parts, self.parts, strict=True):
+            copy_over(out[place.slices], part)
+        return out
 
 
 def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str, Place]:
