@@ -16,6 +16,7 @@ from jaxlm.config import apply_overrides, import_parts, resolve
 from jaxlm.errors import UserError
 from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
+from jaxlm.huggingface.quantized import dequantized
 from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, copy_over, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
 from jaxlm.train.heap import give_back_freed_memory
@@ -47,8 +48,10 @@ def open_source(folder: str, overrides=()) -> Source:
     values = parse_json(pathlib.Path(folder, "config.json"))
     family, keys = read_config(values)
     tensors = open_tensors(folder)
+    if "quantization_config" in values:
+        tensors = dequantized(tensors, values["quantization_config"])
     apply(config, keys)
-    narrow = all(t.kind == "BF16" for name, t in tensors.items() if not family.is_router(name))
+    narrow = all(t.kind not in ("F32", "F16") for name, t in tensors.items() if not family.is_router(name))
     config.model.param_dtype = "bfloat16" if narrow else "float32"
     if (file := pathlib.Path(folder, "tokenizer.json")).is_file():
         config.data.tokenizer = str(file)

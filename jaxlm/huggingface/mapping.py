@@ -11,6 +11,8 @@ from jaxlm.huggingface.layout import Layout, sizes_of
 from jaxlm.huggingface.tensors import copy_over
 from jaxlm.models.families.family import Family
 
+READ = ("F32", "F16", "BF16", "MXFP4", "FP8")  # kinds of tensors that parameters are made of
+
 
 class Place(NamedTuple):
     """Where in the checkpoint a parameter lies: places [start, stop) along `axis` of the tensor `name`, whose axes are `whole`;
@@ -108,7 +110,7 @@ def match_names(family: Family, wanted: dict[str, Tensor], found: dict, spare=fr
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name}: is {tensor.shape}, config.json says {wanted[name].shape}")
-        if name in wanted and tensor.kind not in ("F32", "F16", "BF16"):
+        if name in wanted and tensor.kind not in READ:
             problems.append(f"{name}: is of type {tensor.kind}; float32, float16 and bfloat16 are read")
     if problems:
         raise UserError(*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))

@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxlm.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+          "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}  # the last two: of `quantized`
+OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "F8_E5M2": 1}
 LONGEST_HEADER = 100_000_000
 PIECE_BYTES = 2**18  # of a tensor, brought into another order of axes at once: they stay in a core's cache
 THREADS = 2  # that read or write tensors: one waits for the disk, one changes the order of axes
