@@ -156,29 +156,32 @@ class Checkpoints:
         object owns the directory, moved to `checkpoints_damaged/` beside it; the one before it is used.
         Raises UserError if it belongs to another model, or if none is whole.
         """
-        read = lambda step, leaves: self._read(step, leaves, abstract_state, partial=False)
-        return self._newest_whole(read, [step for step in self.steps() if step < before])
+        return self._newest_whole(abstract_state, [step for step in self.steps() if step < before], partial=False)
 
     def leaves(self) -> dict:
-        """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint. Raises UserError: there is none."""
+        """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint and of its base. Raises UserError: there is
+        none."""
         step = self.latest()
         if step is None:
             raise UserError(f"{self.directory}: no checkpoint there yet; train first")
-        return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())["leaves"]
+        meta = self._meta(step)
+        return meta["leaves"] | base_of(meta)
+
+    def _meta(self, step: int) -> dict:
+        return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
 
     def restore_params(self, abstract_params, name: str = "params", step: int | None = None):
         """Only the subtree `name` (params or ema) of the newest whole checkpoint, or of that of `step` and no other."""
-        read = lambda step, leaves: self._read(step, leaves, {name: abstract_params}, partial=True)
-        return self._newest_whole(read, self.steps() if step is None else [step])[1][name]
+        return self._newest_whole({name: abstract_params}, self.steps() if step is None else [step], partial=True)[1][name]
 
-    def _newest_whole(self, read, steps: list[int]):
+    def _newest_whole(self, abstract, steps: list[int], partial: bool):
         damaged = []  # (step, reason); moved only once an older one is known to be whole
         for step in reversed(steps):
             tree, leaves, reason = None, None, None
             try:
-                meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
+                meta = self._meta(step)
                 leaves = meta["leaves"]
-                tree = read(step, leaves)
+                tree = self._read(step, leaves, base_of(meta), abstract, partial)
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
@@ -199,7 +202,7 @@ class Checkpoints:
                     print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
             if damaged:
                 self.close()  # Orbax's manager remembers the steps it has seen
-            return step, tree, meta
+            return step, self._with_base(tree, abstract, meta), meta
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged)
         raise UserError(f"{self.directory}: no whole checkpoint is left ({reasons}); start again with another --workdir")
 
@@ -212,10 +215,25 @@ class Checkpoints:
         shutil.move(pathlib.Path(self.directory) / str(step), aside)
         return str(aside)
 
-    def _read(self, step, leaves, abstract, partial: bool):
+    def _with_base(self, tree, abstract, meta: dict):
+        """The state with those of its parameters that the checkpoint leaves out."""
+        base = {name: leaf for name, leaf in base_of(meta).items() if name in describe(abstract)}
+        if not base:
+            return tree
+        from jaxlm.train.base import read_base
+        from jaxlm.train.state import with_part
+
+        vocab_size = (meta["leaves"] | base)["params/embedding"]["shape"][0]
+        read = read_base(os.path.dirname(self.directory), abstract["params"], base, vocab_size)
+        return {**tree, "params": with_part(with_part(abstract["params"], tree["params"]), read)}
+
+    def _read(self, step, leaves, base, abstract, partial: bool):
         import orbax.checkpoint as ocp
 
-        self._check_same_model(step, leaves, describe(abstract), partial)
+        self._check_same_model(step, leaves | base, describe(abstract), partial)
+        abstract = without_base(abstract, base)
+        if not jax.tree.leaves(abstract):
+            return abstract
 
         def read(abstract, partial):
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -258,6 +276,20 @@ def read_one_by_one(read, abstract):
         gc.collect()  # Orbax's futures hold what they have read in cycles
     gc.unfreeze()
     return tree.unflatten(found[i] for i in range(len(paths)))
+
+
+def base_of(meta: dict) -> dict:
+    """What `describe` says of the leaves that a checkpoint leaves out, see `jaxlm.train.base`."""
+    return meta["base"] if "base" in meta else {}
+
+
+def without_base(state: dict, base) -> dict:
+    """Less those of its parameters that `base` tells of."""
+    if not base or "params" not in state:
+        return state
+    from jaxlm.train.state import without
+
+    return {**state, "params": without(state["params"], {name.removeprefix("params/") for name in base})}
 
 
 def differing(tree, leaves, frugal: bool = False) -> str | None:
