@@ -26,6 +26,10 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import gather, is_main, share
+from jaxlm.train.heap import empty
+
+
+READ_BYTES = 2**24  # of a file, by one thread at once
 
 
 class Checkpoints:
@@ -228,20 +232,21 @@ class Checkpoints:
         return {**tree, "params": with_part(with_part(abstract["params"], tree["params"]), read)}
 
     def _read(self, step, leaves, base, abstract, partial: bool):
-        import orbax.checkpoint as ocp
-
         self._check_same_model(step, leaves | base, describe(abstract), partial)
         abstract = without_base(abstract, base)
         if not jax.tree.leaves(abstract):
             return abstract
 
         def read(abstract, partial):
+            import orbax.checkpoint as ocp
+
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
             args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
             # The handler itself: Orbax's manager waits for all processes at the end of a restore, also for one that failed.
-            return ocp.PyTreeCheckpointHandler().restore(pathlib.Path(self.directory) / str(step) / "state", args=args)
+            return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
-        return read_one_by_one(read, abstract) if self.frugal else read(abstract, partial)
+        folder = pathlib.Path(self.directory) / str(step) / "state"
+        return read_one_by_one(read, folder, abstract) if self.frugal else read(abstract, partial)
 
     def _check_same_model(self, step, saved, wanted, partial):
         problems = [f"{n} is missing" for n in wanted if n not in saved]
@@ -263,19 +268,47 @@ class Checkpoints:
                          "the same command again")
 
 
-def read_one_by_one(read, abstract):
-    """A tree of nested dicts, each leaf by `read(tree with it alone, partial=True)`. The largest first: what reading takes
-    beside a leaf's own place is then least where the most is there already."""
+def read_one_by_one(read, folder: pathlib.Path, abstract):
+    """A tree of nested dicts, each leaf by itself: by `read_chunk`, or `read(tree with it alone, partial=True)`. The largest
+    first: what reading takes beside a leaf's own place is then least where the most is there already."""
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
     found = {}
     gc.freeze()  # what is there already needs no looking at below
     for i in sorted(range(len(paths)), key=lambda i: -math.prod(paths[i][1].shape)):
         keys, leaf = paths[i]
-        alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
-        found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
-        gc.collect()  # Orbax's futures hold what they have read in cycles
+        found[i] = read_chunk(folder / ".".join(key.key for key in keys), leaf)
+        if found[i] is None:
+            alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
+            found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
+            gc.collect()  # Orbax's futures hold what they have read in cycles
     gc.unfreeze()
     return tree.unflatten(found[i] for i in range(len(paths)))
+
+
+def read_chunk(folder: pathlib.Path, leaf):
+    """A leaf that lies there as the one chunk of a Zarr 2 array, as it is in memory: what a frugal save makes of one that is not
+    cut up. It is read into its place, where Orbax would take as much again beside it. None: it lies there otherwise."""
+    chunk = folder / ".".join("0" for _ in leaf.shape or "0")
+    try:
+        about = json.loads((folder / ".zarray").read_text())
+        plain = {name: about[name] for name in ("compressor", "filters", "order", "zarr_format")}
+        whole = about["chunks"] == about["shape"] == list(leaf.shape)
+        wanted = {"compressor": None, "filters": None, "order": "C", "zarr_format": 2}
+        if plain != wanted or not whole or chunk.stat().st_size != math.prod(leaf.shape) * leaf.dtype.itemsize:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    array = empty(leaf.shape, leaf.dtype)
+    numbers = memoryview(array.reshape(-1).view(np.uint8))
+    with open(chunk, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(2) as pool:
+
+        def read(at):
+            piece = numbers[at : at + READ_BYTES]
+            while piece and (count := os.preadv(file.fileno(), [piece], at)):
+                piece, at = piece[count:], at + count
+
+        list(pool.map(read, range(0, len(numbers), READ_BYTES)))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
 
 def base_of(meta: dict) -> dict:

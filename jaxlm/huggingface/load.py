@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import math
-import mmap
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
 from jaxlm.huggingface.quantized import dequantized
 from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, copy_over, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
-from jaxlm.train.heap import give_back_freed_memory
+from jaxlm.train.heap import empty, give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 from jaxlm.validation import validate
 
@@ -141,14 +140,6 @@ def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray
             pass  # an error of a thread comes out here
     give_back_freed_memory()
     return out
-
-
-def empty(shape, dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA takes as it is on a CPU, rather than to copy it: it begins with a page. Not NumPy's own, which asks for
-    huge pages: a virtual machine that gave them back to its host gets them again at five times the cost of small ones."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def fill(place, tensor, here: np.ndarray) -> None:
