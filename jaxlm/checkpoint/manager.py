@@ -28,7 +28,6 @@ from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import gather, is_main, share
 from jaxlm.train.heap import empty
 
-
 READ_BYTES = 2**24  # of a file, by one thread at once
 
 
@@ -288,13 +287,13 @@ def read_one_by_one(read, folder: pathlib.Path, abstract):
 def read_chunk(folder: pathlib.Path, leaf):
     """A leaf that lies there as the one chunk of a Zarr 2 array, as it is in memory: what a frugal save makes of one that is not
     cut up. It is read into its place, where Orbax would take as much again beside it. None: it lies there otherwise."""
-    chunk = folder / ".".join("0" for _ in leaf.shape or "0")
+    chunk, shape = folder / ".".join("0" for _ in leaf.shape or "0"), list(leaf.shape)
+    plain = {"zarr_format": 2, "shape": shape, "chunks": shape, "order": "C", "compressor": None, "filters": None}
     try:
         about = json.loads((folder / ".zarray").read_text())
-        plain = {name: about[name] for name in ("compressor", "filters", "order", "zarr_format")}
-        whole = about["chunks"] == about["shape"] == list(leaf.shape)
-        wanted = {"compressor": None, "filters": None, "order": "C", "zarr_format": 2}
-        if plain != wanted or not whole or chunk.stat().st_size != math.prod(leaf.shape) * leaf.dtype.itemsize:
+        if any(about[name] != value for name, value in plain.items()):
+            return None
+        if chunk.stat().st_size != math.prod(shape) * leaf.dtype.itemsize:
             return None
     except (OSError, ValueError, KeyError):
         return None
