@@ -224,6 +224,12 @@ def test_a_run_with_adapters_is_evaluated_resumed_and_converted(tmp_path, jaxlm)
     (tmp_path / "run" / "summary.json").unlink()
     jaxlm("train", *common, "--config.steps=2")
     assert json.loads((last / "meta" / "metadata").read_text())["leaves"] == saved
+    # So it is with a run that begins with its weights and adapters.
+    shape = ("num_layers=4", "embed_dim=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "mlp_dim=48", "vocab_size=96",
+             "tie_embeddings=False", "norm_eps=1e-5", "feedforward=swiglu")
+    jaxlm("train", *common, *(f"--config.model.{size}" for size in shape), "--config.steps=1", f"--workdir={tmp_path / 'next'}",
+          f"--config.model.from_pretrained={tmp_path / 'run'}")
+    np.testing.assert_array_equal(*(open_run(str(tmp_path / run)).params["embedding"] for run in ("run", "next")))
     # A base that has changed, or is gone, is named.
     shutil.copytree(folder, tmp_path / "kept")
     rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, 7.0))

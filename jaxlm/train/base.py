@@ -51,6 +51,7 @@ def read_base(workdir: str, abstract: dict, base: dict, vocab_size: int) -> dict
     except UserError as error:
         raise UserError(f"{workdir}: has adapters of model.from_pretrained={folder} and not its weights, which cannot be read; "
                         "put it back", *error.problems) from error
+    params = without(params, others)  # adapters of another run with adapters
     found = describe_base(params, set(flatten_paths(params)))
     if changed := [name for name, leaf in base.items() if name not in found or found[name] != leaf]:
         raise UserError(f"{folder}: is no longer what it was when {workdir} began, which has adapters of it and not its weights "
