@@ -63,8 +63,8 @@ def blocks():
 
 
 def by_transformers(blocks) -> dict:
-    torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
