@@ -3,6 +3,7 @@
     python benchmarks/convert.py [bfloat16]
 
 A copy is timed as cp alone, which ends in the page cache, and as cp and fsync; convert always ends with its files on the disk.
+CPU seconds are of all threads and of the kernel for the process; on a loaded machine they say more than its seconds.
 Peak memory is the process's resident high-water mark, as the kernel counts it for a child that has ended. What each command takes
 on a model of a few kilobytes (Python, JAX, compiling) stands beside it, and is part of its time.
 """
@@ -49,15 +50,15 @@ def make_checkpoint(folder: pathlib.Path, dtype, layers: int, embed: int, mlp: i
     return sum(t.bytes for t in planned)
 
 
-def measure(*command) -> tuple[float, int]:
-    """-> (seconds, peak resident bytes)."""
+def measure(*command) -> tuple[float, float, int]:
+    """-> (seconds, CPU seconds, peak resident bytes)."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     if status:
         raise SystemExit(f"{' '.join(map(str, command))}: ended with {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def remove(*folders) -> None:
@@ -65,12 +66,12 @@ def remove(*folders) -> None:
     os.sync()  # what the last one left in the page cache is not this one's to write
 
 
-def convert(*args) -> tuple[float, int]:
+def convert(*args) -> tuple[float, float, int]:
     return measure(sys.executable, "-m", "jaxlm.cli", "convert", *args)
 
 
 def both_ways(source: pathlib.Path, folder: pathlib.Path, repeats: int) -> dict:
-    """{"in": [(seconds, peak)], "out": [...]}"""
+    """{"in": [(seconds, CPU seconds, peak)], "out": [...]}"""
     results, run, out = {"in": [], "out": []}, folder / "run", folder / "out"
     for _ in range(repeats):
         remove(run, out)
@@ -105,9 +106,10 @@ def main():
         runs = both_ways(folder / "large", folder, REPEATS)
     result = {"bytes": size, "dtype": dtype.name, "copy_seconds": copies, "copy_and_fsync_seconds": synced}
     for way, measured in runs.items():
-        seconds, start = (statistics.median(s for s, _ in m) for m in (measured, fixed[way][1:]))
-        peak = max(p for _, p in measured)
-        result[way] = {"seconds": [s for s, _ in measured], "seconds_of_a_tiny_model": start, "peak_bytes": peak,
+        seconds, start = (statistics.median(s for s, _, _ in m) for m in (measured, fixed[way][1:]))
+        peak = max(p for _, _, p in measured)
+        result[way] = {"seconds": [s for s, _, _ in measured], "seconds_of_a_tiny_model": start,
+                       "cpu_seconds": [c for _, c, _ in measured], "peak_bytes": peak,
                        "peak_of_size": peak / size, "of_copy": seconds / statistics.median(copies),
                        "of_copy_and_fsync": seconds / statistics.median(synced)}
     save(f"convert-{dtype.name}", result)

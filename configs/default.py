@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.attention = "multihead"  # multihead (MHA, GQA or MQA by num_kv_heads), latent (DeepSeek)
     c.model.kv_rank = 512  # of latent: size of the vector that all keys and values of a token are made of
     c.model.query_rank = 0  # of latent: of the one that queries are made of; 0: of the block's input itself
+    c.model.latent_norm_eps = 0.0  # of latent: of the norms of these two vectors; 0: norm_eps
     c.model.value_head_dim = 0  # of latent: size of a value; 0: head_dim
     c.model.qk_norm = False  # norm of queries and keys
     c.model.qk_norm_over = "head"  # each head by itself, or "all" heads together (OLMo 2)

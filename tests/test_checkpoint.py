@@ -60,6 +60,33 @@ def test_another_model_is_refused(tmp_path):
         checkpoints.restore(cast)
 
 
+def test_a_frugal_restore_reads_a_whole_leaf_into_its_place(tmp_path, monkeypatch, capsys):
+    """Without Orbax, and its fingerprint is looked at; a leaf that several devices saved is Orbax's to put together."""
+    import orbax.checkpoint as ocp
+
+    saved(tmp_path, frugal=True).close()
+    reader = Checkpoints(str(tmp_path / "c"), 2, 0, False, create=False, frugal=True)
+    over_devices = NamedSharding(Mesh(np.array(jax.devices()).reshape(8), ("data",)), PartitionSpec("data"))
+    with monkeypatch.context() as patch:
+        patch.delattr(ocp.PyTreeCheckpointHandler, "restore")
+        for sharding in (None, over_devices):
+            params = reader.restore_params({"a": abstract(STATE["params"]["a"], sharding), "b": abstract(STATE["params"]["b"])})
+            jax.tree.map(np.testing.assert_array_equal, params, STATE["params"])
+            assert params["a"].sharding == sharding or sharding is None
+        chunk = tmp_path / "c" / "2" / "state" / "params.a" / "0.0"
+        numbers = bytearray(chunk.read_bytes())
+        numbers[7] ^= 1
+        chunk.write_bytes(numbers)
+        jax.tree.map(np.testing.assert_array_equal, reader.restore_params(abstract(STATE["params"])), STATE["params"])
+        assert "checkpoint 2 is damaged (the numbers of params/a" in capsys.readouterr().err
+    state = {"params": {"a": jax.device_put(STATE["params"]["a"], over_devices)}}
+    cut_up = Checkpoints(str(tmp_path / "cut"), 2, 0, False, frugal=True)
+    cut_up.save(1, state, None, {})
+    cut_up.wait()
+    assert len(list((tmp_path / "cut" / "1" / "state" / "params.a").glob("?.?"))) == 8
+    np.testing.assert_array_equal(cut_up.restore_params({"a": abstract(STATE["params"]["a"])})["a"], STATE["params"]["a"])
+
+
 def damage(folder, how):
     files = sorted((f for f in folder.rglob("*") if f.is_file() and f.parent.name == "d"), key=lambda f: f.stat().st_size)
     if how == "delete":

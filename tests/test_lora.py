@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import golden, text_rows
-from test_huggingface import ISOLATED, opened
+from test_huggingface import ISOLATED, copy_of, opened, rewrite
 from test_step import run, tiny
 
 from jaxlm.config import load
@@ -18,6 +20,7 @@ from jaxlm.huggingface.adapter import merge_adapters, save_adapter
 from jaxlm.huggingface.tensors import read_safetensors
 from jaxlm.models.families import MODEL_TYPES
 from jaxlm.train.pretrained import pretrained_params
+from jaxlm.train.restore import open_run
 from jaxlm.train.state import build_model, flatten_paths
 from jaxlm.train.step import build_program
 
@@ -202,11 +205,37 @@ def test_a_run_with_adapters_is_evaluated_resumed_and_converted(tmp_path, jaxlm)
     common = [f"--config={DEFAULT}", f"--config.data.path={tmp_path / 'text.txt'}", "--config.data.tokenizer=char",
               "--config.seq_len=16", "--config.batch_size=2", "--config.mesh.data=1", "--config.schedule.warmup_steps=0",
               "--config.observe.report=False", "--config.model.lora_rank=4",
-              f"--config.model.from_pretrained={golden('llama2')[0]}"]
-    jaxlm("train", *common, "--config.steps=2", f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=0.1")
+              f"--config.model.from_pretrained={(folder := copy_of(tmp_path))}"]
+    common += [f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=0.1", "--config.checkpoint.every_steps=1",
+               "--config.checkpoint.keep=2"]
+    jaxlm("train", *common, "--config.steps=2")
     assert '"loss"' in jaxlm("eval", f"--workdir={tmp_path / 'run'}", "--json")
     jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'adapter'}", "--adapter")
     assert "37,152 parameters" in jaxlm("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'merged'}")
-    base, merged = (flatten_paths(opened(f)[-1]) for f in (golden("llama2")[0], tmp_path / "merged"))
+    base, merged = (flatten_paths(opened(f)[-1]) for f in (folder, tmp_path / "merged"))
     moved = {path for path in base if not np.array_equal(base[path], merged[path])}
     assert moved == {"layers/attention/query/kernel", "layers/attention/value/kernel"}
+    # Its checkpoints have no weights of the base, and a run that goes on is the same bit for bit.
+    last = tmp_path / "run" / "checkpoints" / "2"
+    saved, base = (json.loads((last / "meta" / "metadata").read_text())[what] for what in ("leaves", "base"))
+    assert all(re.fullmatch(".*/lora_[ab]", name) for name in saved if name.startswith("params/"))
+    assert "params/embedding" in base and not set(base) & set(saved)
+    shutil.rmtree(last)
+    (tmp_path / "run" / "summary.json").unlink()
+    jaxlm("train", *common, "--config.steps=2")
+    assert json.loads((last / "meta" / "metadata").read_text())["leaves"] == saved
+    # So it is with a run that begins with its weights and adapters.
+    shape = ("num_layers=4", "embed_dim=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "mlp_dim=48", "vocab_size=96",
+             "tie_embeddings=False", "norm_eps=1e-5", "feedforward=swiglu")
+    jaxlm("train", *common, *(f"--config.model.{size}" for size in shape), "--config.steps=1", f"--workdir={tmp_path / 'next'}",
+          f"--config.model.from_pretrained={tmp_path / 'run'}")
+    np.testing.assert_array_equal(*(open_run(str(tmp_path / run)).params["embedding"] for run in ("run", "next")))
+    # A base that has changed, or is gone, is named.
+    shutil.copytree(folder, tmp_path / "kept")
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, 7.0))
+    for said in ("is no longer what it was when .*final_norm/scale differs", "not its weights, which cannot be read"):
+        with pytest.raises(UserError, match=said):
+            open_run(str(tmp_path / "run"))
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", folder)
+    assert open_run(str(tmp_path / "run")).step == 2

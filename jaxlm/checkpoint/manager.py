@@ -26,6 +26,9 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import gather, is_main, share
+from jaxlm.train.heap import empty
+
+READ_BYTES = 2**24  # of a file, by one thread at once
 
 
 class Checkpoints:
@@ -159,29 +162,32 @@ class Checkpoints:
         object owns the directory, moved to `checkpoints_damaged/` beside it; the one before it is used.
         Raises UserError if it belongs to another model, or if none is whole.
         """
-        read = lambda step, leaves: self._read(step, leaves, abstract_state, partial=False)
-        return self._newest_whole(read, [step for step in self.steps() if step < before])
+        return self._newest_whole(abstract_state, [step for step in self.steps() if step < before], partial=False)
 
     def leaves(self) -> dict:
-        """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint. Raises UserError: there is none."""
+        """{"params/embedding": {"shape", "dtype", ...}, ...} of the newest checkpoint and of its base. Raises UserError: there is
+        none."""
         step = self.latest()
         if step is None:
             raise UserError(f"{self.directory}: no checkpoint there yet; train first")
-        return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())["leaves"]
+        meta = self._meta(step)
+        return meta["leaves"] | base_of(meta)
+
+    def _meta(self, step: int) -> dict:
+        return json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
 
     def restore_params(self, abstract_params, name: str = "params", step: int | None = None):
         """Only the subtree `name` (params or ema) of the newest whole checkpoint, or of that of `step` and no other."""
-        read = lambda step, leaves: self._read(step, leaves, {name: abstract_params}, partial=True)
-        return self._newest_whole(read, self.steps() if step is None else [step])[1][name]
+        return self._newest_whole({name: abstract_params}, self.steps() if step is None else [step], partial=True)[1][name]
 
-    def _newest_whole(self, read, steps: list[int]):
+    def _newest_whole(self, abstract, steps: list[int], partial: bool):
         damaged = []  # (step, reason); moved only once an older one is known to be whole
         for step in reversed(steps):
             tree, leaves, reason = None, None, None
             try:
-                meta = json.loads((pathlib.Path(self.directory) / str(step) / "meta" / "metadata").read_text())
+                meta = self._meta(step)
                 leaves = meta["leaves"]
-                tree = read(step, leaves)
+                tree = self._read(step, leaves, base_of(meta), abstract, partial)
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many kinds for damaged files
@@ -202,7 +208,7 @@ class Checkpoints:
                     print(f"jaxlm: checkpoint {bad} is damaged ({reason}); {where}, going on from {step}", file=sys.stderr)
             if damaged:
                 self.close()  # Orbax's manager remembers the steps it has seen
-            return step, tree, meta
+            return step, self._with_base(tree, abstract, meta), meta
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged)
         raise UserError(f"{self.directory}: no whole checkpoint is left ({reasons}); start again with another --workdir")
 
@@ -215,18 +221,34 @@ class Checkpoints:
         shutil.move(pathlib.Path(self.directory) / str(step), aside)
         return str(aside)
 
-    def _read(self, step, leaves, abstract, partial: bool):
-        import orbax.checkpoint as ocp
+    def _with_base(self, tree, abstract, meta: dict):
+        """The state with those of its parameters that the checkpoint leaves out."""
+        base = {name: leaf for name, leaf in base_of(meta).items() if name in describe(abstract)}
+        if not base:
+            return tree
+        from jaxlm.train.base import read_base
+        from jaxlm.train.state import with_part
 
-        self._check_same_model(step, leaves, describe(abstract), partial)
+        vocab_size = (meta["leaves"] | base)["params/embedding"]["shape"][0]
+        read = read_base(os.path.dirname(self.directory), abstract["params"], base, vocab_size)
+        return {**tree, "params": with_part(with_part(abstract["params"], tree["params"]), read)}
+
+    def _read(self, step, leaves, base, abstract, partial: bool):
+        self._check_same_model(step, leaves | base, describe(abstract), partial)
+        abstract = without_base(abstract, base)
+        if not jax.tree.leaves(abstract):
+            return abstract
 
         def read(abstract, partial):
+            import orbax.checkpoint as ocp
+
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
             args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
             # The handler itself: Orbax's manager waits for all processes at the end of a restore, also for one that failed.
-            return ocp.PyTreeCheckpointHandler().restore(pathlib.Path(self.directory) / str(step) / "state", args=args)
+            return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
-        return read_one_by_one(read, abstract) if self.frugal else read(abstract, partial)
+        folder = pathlib.Path(self.directory) / str(step) / "state"
+        return read_one_by_one(read, folder, abstract) if self.frugal else read(abstract, partial)
 
     def _check_same_model(self, step, saved, wanted, partial):
         problems = [f"{n} is missing" for n in wanted if n not in saved]
@@ -248,19 +270,61 @@ class Checkpoints:
                          "the same command again")
 
 
-def read_one_by_one(read, abstract):
-    """A tree of nested dicts, each leaf by `read(tree with it alone, partial=True)`. The largest first: what reading takes
-    beside a leaf's own place is then least where the most is there already."""
+def read_one_by_one(read, folder: pathlib.Path, abstract):
+    """A tree of nested dicts, each leaf by itself: by `read_chunk`, or `read(tree with it alone, partial=True)`. The largest
+    first: what reading takes beside a leaf's own place is then least where the most is there already."""
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
     found = {}
     gc.freeze()  # what is there already needs no looking at below
     for i in sorted(range(len(paths)), key=lambda i: -math.prod(paths[i][1].shape)):
         keys, leaf = paths[i]
-        alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
-        found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
-        gc.collect()  # Orbax's futures hold what they have read in cycles
+        found[i] = read_chunk(folder / ".".join(key.key for key in keys), leaf)
+        if found[i] is None:
+            alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
+            found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
+            gc.collect()  # Orbax's futures hold what they have read in cycles
     gc.unfreeze()
     return tree.unflatten(found[i] for i in range(len(paths)))
+
+
+def read_chunk(folder: pathlib.Path, leaf):
+    """A leaf that lies there as the one chunk of a Zarr 2 array, as it is in memory: what a frugal save makes of one that is not
+    cut up. It is read into its place, where Orbax would take as much again beside it. None: it lies there otherwise."""
+    chunk, shape = folder / ".".join("0" for _ in leaf.shape or "0"), list(leaf.shape)
+    plain = {"zarr_format": 2, "shape": shape, "chunks": shape, "order": "C", "compressor": None, "filters": None}
+    try:
+        about = json.loads((folder / ".zarray").read_text())
+        if any(about[name] != value for name, value in plain.items()):
+            return None
+        if chunk.stat().st_size != math.prod(shape) * leaf.dtype.itemsize:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    array = empty(leaf.shape, leaf.dtype)
+    numbers = memoryview(array.reshape(-1).view(np.uint8))
+    with open(chunk, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(2) as pool:
+
+        def read(at):
+            piece = numbers[at : at + READ_BYTES]
+            while piece and (count := os.preadv(file.fileno(), [piece], at)):
+                piece, at = piece[count:], at + count
+
+        list(pool.map(read, range(0, len(numbers), READ_BYTES)))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+
+def base_of(meta: dict) -> dict:
+    """What `describe` says of the leaves that a checkpoint leaves out, see `jaxlm.train.base`."""
+    return meta["base"] if "base" in meta else {}
+
+
+def without_base(state: dict, base) -> dict:
+    """Less those of its parameters that `base` tells of."""
+    if not base or "params" not in state:
+        return state
+    from jaxlm.train.state import without
+
+    return {**state, "params": without(state["params"], {name.removeprefix("params/") for name in base})}
 
 
 def differing(tree, leaves, frugal: bool = False) -> str | None:

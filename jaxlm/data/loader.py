@@ -39,7 +39,7 @@ def build_data(config, text: bool = True) -> Data:
         _ = config.data.tokenizer, multiple  # bytes; nothing to round
         source_len = config.data.source_len if config.model.family == "encoder_decoder" else 0
         rows = SyntheticRows(vocab_size, config.seq_len, config.seed, source_len)
-        return Data(Batches(config, rows, config.batch_size), None, ByteTokenizer(), vocab_size, None)
+        return Data(Batches(config, rows, config.batch_size) if text else None, None, ByteTokenizer(), vocab_size, None)
     if not text and os.path.exists(config.data.tokenizer):
         tokenizer = build_tokenizer(config, [])
         return Data(None, None, tokenizer, asked or -(-tokenizer.vocab_size // multiple) * multiple, None)

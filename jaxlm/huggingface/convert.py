@@ -111,7 +111,7 @@ def origin(workdir: str) -> pathlib.Path | None:
 def export_run(workdir: str, folder: str, overrides=(), family_name: str = "", adapter: bool = False) -> None:
     """The run's whole model, its adapters added to the kernels; adapter: the adapters alone, in PEFT's form. Raises UserError as
     `save` and `save_adapter` do."""
-    run, kept = open_run(workdir, overrides, frugal=True), origin(workdir)
+    run, kept = open_run(workdir, overrides, frugal=True, text=False), origin(workdir)
     run.config.model.vocab_size = run.data.vocab_size
     values = parse_json(kept / "config.json") if kept else {}
     if family_name:

@@ -63,6 +63,11 @@ class Layout:
                 groups[-1].append(letter) if inside else groups.append([letter])
         return groups
 
+    @property
+    def keeps_order(self) -> bool:
+        """Of the numbers along each axis."""
+        return all(isinstance(place, slice) for place in self.places)
+
     def joined(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a tensor with these `axes`."""
         sizes = iter(axes)

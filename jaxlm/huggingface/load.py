@@ -15,13 +15,12 @@ from jaxlm.config import apply_overrides, import_parts, resolve
 from jaxlm.errors import UserError
 from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
-from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, open_tensors, parse_json
+from jaxlm.huggingface.quantized import dequantized
+from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, copy_over, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
-from jaxlm.train.heap import give_back_freed_memory
+from jaxlm.train.heap import empty, give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 from jaxlm.validation import validate
-
-ALIGNMENT = 64  # bytes, from which on XLA takes an array of NumPy's for its own on a CPU; any other it copies
 
 
 class Source(NamedTuple):
@@ -48,8 +47,10 @@ def open_source(folder: str, overrides=()) -> Source:
     values = parse_json(pathlib.Path(folder, "config.json"))
     family, keys = read_config(values)
     tensors = open_tensors(folder)
+    if "quantization_config" in values:
+        tensors = dequantized(tensors, values["quantization_config"])
     apply(config, keys)
-    narrow = all(t.kind == "BF16" for name, t in tensors.items() if not family.is_router(name))
+    narrow = all(t.kind not in ("F32", "F16") for name, t in tensors.items() if not family.is_router(name))
     config.model.param_dtype = "bfloat16" if narrow else "float32"
     if (file := pathlib.Path(folder, "tokenizer.json")).is_file():
         config.data.tokenizer = str(file)
@@ -76,11 +77,8 @@ def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=f
     instead_of: parameters of the same tree, each of which is deleted before its successor is read.
     Raises UserError: tensors that are missing, unknown or misshapen, all by name.
     """
-    specs = flatten_paths(model.specs)
-    old = flatten_paths(instead_of or {})
-    vocab_size = vocab_size or specs["embedding"].shape[0]
-    places = places_of(source.family, specs, source.config, vocab_size)
-    found = match_names(source.family, tensors_of(places, specs), source.tensors, spare)
+    specs, old = flatten_paths(model.specs), flatten_paths(instead_of or {})
+    places, found = find(source, specs, vocab_size, spare)
     shardings = flatten_paths(parameter_shardings(mesh, model, source.config.mesh.zero_stage))
 
     def load(path):
@@ -100,6 +98,26 @@ def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=f
     # The largest first: what a parameter takes beside its own place is then least where the most is there already.
     loaded = {path: load(path) for path in sorted(specs, key=lambda path: -size_of(specs[path]))}
     return jax.tree.structure(model.specs, is_leaf=is_spec).unflatten(loaded[path] for path in specs)
+
+
+def find(source: Source, specs: dict, vocab_size: int = 0, spare=frozenset()) -> tuple[dict, dict]:
+    """-> ({path: Place}, {name: tensor}) of the parameters `specs`."""
+    places = places_of(source.family, specs, source.config, vocab_size or specs["embedding"].shape[0])
+    return places, match_names(source.family, tensors_of(places, specs), source.tensors, spare)
+
+
+def has_params(source: Source, model: Model, numbers, threads: int = THREADS) -> bool:
+    """Whether `load_params` would give, bit for bit, the parameters of which `numbers` tells: (path, index in its stacked axes)
+    -> an array. With one thread it is asked for all of them, always in the same order."""
+    specs = flatten_paths(model.specs)
+    places, found = find(source, specs)
+    each = ((path, at) for path, place in places.items() for at in np.ndindex(*specs[path].shape[: place.num_named]))
+
+    def is_same(path, at):
+        return is_filled(places[path], found[places[path].name_of(at)], numbers(path, at))
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return all(list(pool.map(is_same, *zip(*each, strict=True))))
 
 
 def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray:
@@ -124,31 +142,40 @@ def read_piece(place, spec, index: tuple[slice, ...], found: dict) -> np.ndarray
     return out
 
 
-def empty(shape, dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA takes as it is, rather than to copy it."""
-    count = math.prod(shape) * dtype.itemsize
-    memory = np.empty(count + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + count].view(dtype).reshape(shape)
-
-
 def fill(place, tensor, here: np.ndarray) -> None:
     """One tensor (or the part of it that `place` tells) -> a parameter of one layer, a piece at a time."""
     there = place.layout.as_there(here)  # a view, whose first axes may be several that are one in the tensor
-    inner = tensor.shape[0] // place.whole[0]  # rows of the tensor in one step along the first axis
-    skipped = place.start if place.axis == 0 else 0
-    first_places, *others = places = place.layout.places
-    as_it_is = there.flags.c_contiguous and all(isinstance(p, slice) for p in places)
-    if as_it_is and place.axis == 0 and tensor.dtype == here.dtype:
-        tensor.read_into(there, skipped * inner)
+    inner = tensor.shape[0] // place.whole[0]
+    if place.axis == 0 and there.flags.c_contiguous and place.layout.keeps_order and tensor.dtype == here.dtype:
+        tensor.read_into(there, place.start * inner)
         return
+    for at, piece in pieces(place, tensor, here.dtype):
+        if place.layout.keeps_order:
+            copy_over(there[at[0]], piece)
+        else:
+            as_bits(there)[at] = as_bits(piece)
+
+
+def is_filled(place, tensor, here: np.ndarray) -> bool:
+    """Whether `here` is, bit for bit, what `fill` would make it."""
+    there = place.layout.as_there(here)
+    for at, piece in pieces(place, tensor, here.dtype):
+        live = np.empty(piece.shape, piece.dtype)
+        copy_over(live, as_bits(there)[at].view(piece.dtype))
+        if not np.array_equal(as_bits(live), as_bits(piece)):
+            return False
+    return True
+
+
+def pieces(place, tensor, dtype: np.dtype):
+    """Of the part of a tensor that `place` tells: (index among its axes as they are there, numbers)."""
+    first_places, *others = place.layout.places
+    count, inner = place.layout.axes[0], tensor.shape[0] // place.whole[0]  # rows of the tensor in one step along the first axis
+    skipped = place.start if place.axis == 0 else 0
     step = max(1, PIECE_BYTES // max(1, math.prod(place.whole[1:]) * tensor.dtype.itemsize))
-    for first in range(0, there.shape[0], step):
-        last = min(first + step, there.shape[0])
+    for first in range(0, count, step):
+        last = min(first + step, count)
         piece = tensor.rows((skipped + first) * inner, (skipped + last) * inner).reshape(-1, *place.whole[1:])
         piece = piece if place.axis == 0 else piece[place.slices]
         at = slice(first, last) if isinstance(first_places, slice) else first_places[first:last]
-        if piece.dtype == here.dtype:
-            as_bits(there)[at, *others] = as_bits(piece)
-        else:
-            there[at, *others] = piece
+        yield (at, *others), piece.astype(dtype, copy=False)

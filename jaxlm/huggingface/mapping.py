@@ -8,8 +8,10 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
-from jaxlm.huggingface.tensors import as_bits
+from jaxlm.huggingface.tensors import copy_over
 from jaxlm.models.families.family import Family
+
+READ = ("F32", "F16", "BF16", "MXFP4", "FP8")  # kinds of tensors that parameters are made of
 
 
 class Place(NamedTuple):
@@ -51,8 +53,10 @@ class Tensor(NamedTuple):
         parts = [place.layout.to_there(numbers(path, index)) for path, index, place in self.parts]
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate([as_bits(part) for part in parts], self.parts[0][2].axis).view(parts[0].dtype)
-
+        out = np.empty(self.parts[0][2].whole, parts[0].dtype)
+        for part, (_, _, place) in zip(parts, self.parts, strict=True):
+            copy_over(out[place.slices], part)
+        return out
 
 
 def places_of(family: Family, specs: dict, config, vocab_size: int) -> dict[str, Place]:
@@ -106,7 +110,7 @@ def match_names(family: Family, wanted: dict[str, Tensor], found: dict, spare=fr
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             problems.append(f"{name}: is {tensor.shape}, config.json says {wanted[name].shape}")
-        if name in wanted and tensor.kind not in ("F32", "F16", "BF16"):
+        if name in wanted and tensor.kind not in READ:
             problems.append(f"{name}: is of type {tensor.kind}; float32, float16 and bfloat16 are read")
     if problems:
         raise UserError(*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))

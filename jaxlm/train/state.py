@@ -116,7 +116,7 @@ def without(tree: dict, names: set[str], prefix: str = "") -> dict:
     """A nested dict less the leaves of these paths."""
     pairs = ((k, without(v, names, f"{prefix}{k}/") if isinstance(v, dict) else v) for k, v in tree.items()
              if f"{prefix}{k}" not in names)
-    return {k: v for k, v in pairs if v != {}}
+    return {k: v for k, v in pairs if not (isinstance(v, dict) and not v)}
 
 
 def part_of(tree: dict, like: dict) -> dict:

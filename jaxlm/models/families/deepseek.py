@@ -23,6 +23,14 @@ def write_heads(config) -> dict:
             "v_head_dim": m.value_head_dim or m.head_dim}
 
 
+LATENT_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
+
+
+def read_eps(fields) -> dict:
+    eps = fields.take("rms_norm_eps", 1e-6)
+    return {"model.norm_eps": eps, "model.latent_norm_eps": 0.0 if eps == LATENT_EPS else LATENT_EPS}
+
+
 def read_dense(fields) -> dict:
     dense, expert = fields.take("intermediate_size"), fields.take("moe_intermediate_size")
     return {"model.mlp_dim": expert, "model.dense_mlp_dim": 0 if dense == expert else dense}
@@ -83,15 +91,15 @@ PARTS = (
     same("kv_lora_rank", "kv_rank", 512),
     same("tie_word_embeddings", "tie_embeddings", False),
     same("attention_bias", "attention_bias", False),
-    only("rms_norm_eps", 1e-6),  # that of the norms of latents, whatever is said here
     only("hidden_act", "silu"),
     only("pretraining_tp", 1),
     only("moe_layer_freq", 1, written=False),
     unused("qk_head_dim", "head_dim", "ep_size", "seq_aux", "aux_loss_alpha"),  # of the others; of training
     context_length(),
-    always(norm="rms", norm_eps=1e-6, attention="latent", feedforward="moe", expert_form="swiglu"),
+    always(norm="rms", attention="latent", feedforward="moe", expert_form="swiglu"),
     Part(lambda fields: {"model.query_rank": fields.take("q_lora_rank", 0 if "q_lora_rank" in fields.values else 1536)},
          lambda config: {"q_lora_rank": config.model.query_rank or None}),
+    Part(read_eps, lambda config: {"rms_norm_eps": config.model.norm_eps}),
     Part(read_heads, write_heads), Part(read_dense, write_dense), Part(read_rope, write_rope),
 )
 

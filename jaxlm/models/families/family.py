@@ -163,14 +163,24 @@ def read_config(values: dict) -> tuple[Family, dict]:
     family, fields, keys = MODEL_TYPES[values["model_type"]], Fields(values), {}
     for part in family.parts:
         keys.update(part.read(fields))
-    remedy = {"quantization_config": "quantised weights are not read; give the same checkpoint in bfloat16"}
-    problems = fields.problems + [
-        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; "
-        + (remedy[name] if name in remedy else "if it says nothing of the model, take it out")
-        for name, value in values.items() if name not in fields.taken and value is not None]
+    problems = fields.problems + quantization_problems(fields.take("quantization_config", None)) + [
+        f"config.json: {name}={value!r} is not a field that jaxlm's {family.model_type} knows; if it says nothing of the model, "
+        "take it out" for name, value in values.items() if name not in fields.taken and value is not None]
     if problems:
         raise UserError(*problems)
     return family, keys
+
+
+def quantization_problems(values: dict | None) -> list[str]:
+    """Why the weights that config.json says are quantised so are not read, as `huggingface.quantized` does."""
+    if values is None:
+        return []
+    method, block = (values[name] if name in values else None for name in ("quant_method", "weight_block_size"))
+    if method == "mxfp4" or method == "fp8" and block:
+        return []
+    said = f"quant_method={method!r}" + (" without weight_block_size" if method == "fp8" else "")
+    return [f"config.json: quantization_config: {said} is not implemented; only mxfp4, and fp8 in blocks, are: give the same "
+            "checkpoint in bfloat16"]
 
 
 def read_folder(folder) -> tuple[Family, dict]:
