@@ -1,0 +1,23 @@
+"""Variants of attention: heads, norms, windows, caps, sinks, biases.
+
+    jaxlm sweep --config=configs/ablations/attention.py --workdir=runs/attention
+
+Base and data: configs/ablations/base.py. What one key/value head saves goes into the feed-forward (mlp_dim 288 for 256), so that
+all arms have the parameters of the base but for vectors (at most 0.4 % of them).
+Found: not run yet.
+"""
+
+from configs.ablations.base import get_config as get_config
+
+
+def sweep(add):
+    add.seeds = 3
+    add("two heads of 48")  # the baseline
+    add("four heads of 24", **{"model.num_heads": 4})
+    add("one key/value head", **{"model.num_kv_heads": 1, "model.mlp_dim": 288})  # MQA
+    add("qk norm", **{"model.qk_norm": True})
+    add("window of 16 in the first layer", **{"model.window": 16, "model.window_pattern": "LG"})
+    add("scores capped at 20", **{"model.attention_softcap": 20.0})  # Gemma 2: at 50
+    add("sinks", **{"model.attention_sinks": True})  # GPT-OSS
+    add("biases", **{"model.attention_bias": True})
+    add("value residual", **{"model.value_residual": True})

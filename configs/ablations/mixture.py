@@ -1,0 +1,30 @@
+"""What other text in place of a part of one's own does to the loss on one's own: Shakespeare and WikiText-2, as bytes.
+
+    jaxlm sweep --config=configs/ablations/mixture.py --workdir=runs/mixture --config.data.root=DATA
+    jaxlm report runs/mixture --metric=valid/shakespeare:loss
+
+DATA has wikitext-2/valid.txt (1.1 MB, about as much as Tiny Shakespeare, which ships). Base: configs/ablations/base.py, but with
+bytes for characters; all arms see the same number of bytes, none of them twice.
+Found: not run yet.
+"""
+
+from configs.ablations import base
+
+OWN, OTHER = ("shakespeare", "shakespeare"), ("articles", "wikitext-2/valid.txt")
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.data.tokenizer = "byte"
+    c.data.mixture = ((*OWN, 1.0), (*OTHER, 0.0))
+    return c
+
+
+def sweep(add):
+    add.seeds = 3
+    add("Shakespeare alone")  # the baseline
+    for name, share in (("a quarter of articles", 0.25), ("half of articles", 0.5)):
+        add(name, **{"data.mixture": ((*OWN, 1 - share), (*OTHER, share))})
+    first_half = get_config().steps // 2
+    add("articles in the first half", **{"data.mixture": ((*OWN, 0.0), (*OTHER, 1.0)),
+                                         "data.mixture_stages": ((first_half, {"shakespeare": 1.0}),)})

@@ -1,0 +1,23 @@
+"""A rate for each optimizer of optimizers.py: three, with one seed that optimizers.py does not use.
+
+    jaxlm sweep --config=configs/ablations/optimizer_rates.py --workdir=runs/optimizer_rates
+
+Base and data: configs/ablations/base.py. One seed ranks rates, it proves nothing about them.
+Found: not run yet.
+"""
+
+from configs.ablations.base import get_config as get_config
+
+OPTIMIZERS = {  # keys, and the rates tried
+    "adamw": ({}, (2e-3, 4e-3, 8e-3)),
+    "muon": ({"optimizer.adam_lr_ratio": 0.3}, (1e-2, 2e-2, 4e-2)),
+    "lion": ({"optimizer.b2": 0.99}, (5e-4, 1e-3, 2e-3)),
+    "adafactor": ({}, (4e-3, 8e-3, 1.6e-2)),
+    "sgd": ({}, (0.1, 0.3, 1.0)),
+}
+
+
+def sweep(add):
+    for name, (keys, rates) in OPTIMIZERS.items():
+        for rate in rates:
+            add(f"{name} {rate}", seeds=[9], **{"optimizer.name": name, "optimizer.learning_rate": rate, **keys})

@@ -1,0 +1,17 @@
+"""Optimizers, each at the best of its three rates of optimizer_rates.py.
+
+    jaxlm sweep --config=configs/ablations/optimizers.py --workdir=runs/optimizers
+
+Base and data: configs/ablations/base.py. Found: not run yet.
+"""
+
+from configs.ablations.base import get_config as get_config
+from configs.ablations.optimizer_rates import OPTIMIZERS
+
+RATES = {"adamw": 4e-3, "muon": 2e-2, "lion": 1e-3, "adafactor": 8e-3, "sgd": 0.3}
+
+
+def sweep(add):
+    add.seeds = 3
+    for name, rate in RATES.items():  # the first is the baseline
+        add(name, **{"optimizer.name": name, "optimizer.learning_rate": rate, **OPTIMIZERS[name][0]})
