@@ -16,7 +16,10 @@ from jaxlm.data.inspect import inspect
 from jaxlm.data.loader import build_data
 from jaxlm.errors import UserError
 from jaxlm.parallel.rules import replicated
+from jaxlm.research.members import check_numbers
+from jaxlm.research.prediction import tokens_of
 from jaxlm.research.replay import replay
+from jaxlm.research.scaling import fixed_ratio
 from jaxlm.stages import Stage, stage_at, stages_of, tokens_before
 from jaxlm.train import loop
 from jaxlm.train.bench import bench
@@ -106,6 +109,16 @@ def test_a_mixture_shares_out_the_rows_that_are_read(staged):
     assert train.mix.firsts == [0, 8] and sum(train.mix.had) == 20
     first, second = train.batch(0), train.batch(1)
     np.testing.assert_array_equal(first["targets"][:, -1], second["tokens"][:, 0])  # the next piece of the same rows
+
+
+def test_what_has_one_step_for_the_whole_run_refuses_stages(staged):
+    with pytest.raises(UserError, match="stages: members of an ensemble have one step"):
+        check_numbers({}, staged)
+    staged.model.vocab_size = 400
+    with pytest.raises(UserError, match="stages: a scaling law's steps"):
+        list(fixed_ratio(staged, (1e4,), (1,)))
+    with pytest.raises(UserError, match="stages: a scaling law's steps"):
+        tokens_of(staged, 8)
 
 
 # ---- Runs ---------------------------------------------------------------------------------------------------------------------
