@@ -1,4 +1,4 @@
-"""Variants of attention: heads, norms, windows, caps, sinks, biases.
+"""Variants of attention: heads, norms, windows, sinks, value residuals.
 
     jaxlm sweep --config=configs/ablations/attention.py --workdir=runs/attention
 
@@ -17,7 +17,5 @@ def sweep(add):
     add("one key/value head", **{"model.num_kv_heads": 1, "model.mlp_dim": 288})  # MQA
     add("qk norm", **{"model.qk_norm": True})
     add("window of 16 in the first layer", **{"model.window": 16, "model.window_pattern": "LG"})
-    add("scores capped at 20", **{"model.attention_softcap": 20.0})  # Gemma 2: at 50
     add("sinks", **{"model.attention_sinks": True})  # GPT-OSS
-    add("biases", **{"model.attention_bias": True})
     add("value residual", **{"model.value_residual": True})

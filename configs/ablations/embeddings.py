@@ -1,4 +1,4 @@
-"""The embedding and the head: one matrix or two, scaled, normed, with what the last tokens say.
+"""The embedding and the head: one matrix or two, scaled, with what the last tokens say.
 
     jaxlm sweep --config=configs/ablations/embeddings.py --workdir=runs/embeddings
 
@@ -15,5 +15,4 @@ def sweep(add):
     add("tied")  # the baseline
     add("untied", **{"model.tie_embeddings": False})
     add("scaled by sqrt(width)", **{"model.embed_scale": 96**0.5})  # Gemma
-    add("normed", **{"model.embed_norm": True})
     add("pairs of characters", **{"model.ngram_max": 2})  # arXiv:2412.09871

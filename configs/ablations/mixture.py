@@ -23,8 +23,7 @@ def get_config(arg: str = ""):
 def sweep(add):
     add.seeds = 3
     add("Shakespeare alone")  # the baseline
-    for name, share in (("a quarter of articles", 0.25), ("half of articles", 0.5)):
-        add(name, **{"data.mixture": ((*OWN, 1 - share), (*OTHER, share))})
+    add("half of articles", **{"data.mixture": ((*OWN, 0.5), (*OTHER, 0.5))})
     first_half = get_config().steps // 2
     add("articles in the first half", **{"data.mixture": ((*OWN, 0.0), (*OTHER, 1.0)),
                                          "data.mixture_stages": ((first_half, {"shakespeare": 1.0}),)})

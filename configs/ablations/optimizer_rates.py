@@ -12,7 +12,6 @@ OPTIMIZERS = {  # keys, and the rates tried
     "adamw": ({}, (1.5e-3, 3e-3, 6e-3)),
     "muon": ({"optimizer.adam_lr_ratio": 0.3}, (1e-2, 2e-2, 4e-2)),
     "lion": ({"optimizer.b2": 0.99}, (5e-4, 1e-3, 2e-3)),
-    "adafactor": ({}, (4e-3, 8e-3, 1.6e-2)),
     "sgd": ({}, (0.1, 0.3, 1.0)),
 }
 

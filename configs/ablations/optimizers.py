@@ -8,7 +8,7 @@ Base and data: configs/ablations/base.py. Found: not run yet.
 from configs.ablations.base import get_config as get_config
 from configs.ablations.optimizer_rates import OPTIMIZERS
 
-RATES = {"adamw": 3e-3, "muon": 2e-2, "lion": 1e-3, "adafactor": 8e-3, "sgd": 0.3}
+RATES = {"adamw": 3e-3, "muon": 2e-2, "lion": 1e-3, "sgd": 0.3}
 
 
 def sweep(add):

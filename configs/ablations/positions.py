@@ -14,7 +14,6 @@ def sweep(add):
     add.seeds = 3
     add("rope")  # the baseline
     add("rope of half a head", **{"model.rope_fraction": 0.5})
-    add("rope in every other layer", **{"model.rope_pattern": "RN"})
     add("relative", **{"model.position": "relative"})  # T5
     add("learned", **{"model.position": "learned"})  # GPT-2
     add("none", **{"model.position": "none"})

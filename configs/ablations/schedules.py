@@ -12,9 +12,7 @@ from configs.ablations.base import get_config as get_config
 def sweep(add):
     add.seeds = 3
     add("linear to 0")  # the baseline
-    add("cosine to 0", **{"schedule.name": "cosine"})
     add("cosine to a tenth", **{"schedule.name": "cosine", "schedule.final_fraction": 0.1})
     add("wsd, the last fifth to 0", **{"schedule.name": "wsd"})
-    add("inverse square root", **{"schedule.name": "inverse_sqrt", "schedule.final_fraction": 0.1})
     add("constant", **{"schedule.name": "constant"})
     add("linear, no warm-up", **{"schedule.warmup_steps": 0})
