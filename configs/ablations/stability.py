@@ -8,6 +8,7 @@ Found: not run yet.
 
 from configs.ablations.base import get_config as get_config
 
+
 def sweep(add):
     add.seeds = 3
     add("base")
