@@ -1,4 +1,4 @@
-"""Variants of attention: heads, norms, windows, value residuals.
+"""Variants of attention: heads, norms, a window, value residuals.
 
     jaxlm sweep --config=configs/ablations/attention.py --workdir=runs/attention
 
@@ -13,7 +13,6 @@ from configs.ablations.base import get_config as get_config
 def sweep(add):
     add.seeds = 3
     add("two heads of 48")  # the baseline
-    add("four heads of 24", **{"model.num_heads": 4})
     add("one key/value head", **{"model.num_kv_heads": 1, "model.mlp_dim": 288})  # MQA
     add("qk norm", **{"model.qk_norm": True})
     add("window of 16 in the first layer", **{"model.window": 16, "model.window_pattern": "LG"})

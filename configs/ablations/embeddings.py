@@ -1,9 +1,8 @@
-"""The embedding and the head: one matrix or two, scaled, with what the last tokens say.
+"""The embedding and the head: one matrix or two, scaled.
 
     jaxlm sweep --config=configs/ablations/embeddings.py --workdir=runs/embeddings
 
-Base and data: configs/ablations/base.py. A head of its own is 3 % more parameters; hashed pairs of characters (8,192 vectors of
-96) are four times as many as the rest, but no more work: look-ups.
+Base and data: configs/ablations/base.py. A head of its own is 3 % more parameters.
 Found: not run yet.
 """
 
@@ -15,4 +14,3 @@ def sweep(add):
     add("tied")  # the baseline
     add("untied", **{"model.tie_embeddings": False})
     add("scaled by sqrt(width)", **{"model.embed_scale": 96**0.5})  # Gemma
-    add("pairs of characters", **{"model.ngram_max": 2})  # arXiv:2412.09871

@@ -1,4 +1,4 @@
-"""A rate for each optimizer of optimizers.py: three, with one seed that optimizers.py does not use.
+"""A rate for each optimizer of optimizers.py: three or four, until the best is not at an end, with a seed that it does not use.
 
     jaxlm sweep --config=configs/ablations/optimizer_rates.py --workdir=runs/optimizer_rates
 
@@ -9,10 +9,10 @@ Found: not run yet.
 from configs.ablations.base import get_config as get_config
 
 OPTIMIZERS = {  # keys, and the rates tried
-    "adamw": ({}, (1.5e-3, 3e-3, 6e-3)),
+    "adamw": ({}, (7.5e-4, 1.5e-3, 3e-3, 6e-3)),
     "muon": ({"optimizer.adam_lr_ratio": 0.3}, (1e-2, 2e-2, 4e-2)),
-    "lion": ({"optimizer.b2": 0.99}, (5e-4, 1e-3, 2e-3)),
-    "sgd": ({}, (0.1, 0.3, 1.0)),
+    "lion": ({"optimizer.b2": 0.99}, (2.5e-4, 5e-4, 1e-3, 2e-3)),
+    "sgd": ({}, (0.03, 0.1, 0.3, 1.0)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Optimizers, each at the best of its three rates of optimizer_rates.py.
+"""Optimizers, each at the best of its rates of optimizer_rates.py.
 
     jaxlm sweep --config=configs/ablations/optimizers.py --workdir=runs/optimizers
 
@@ -8,7 +8,7 @@ Base and data: configs/ablations/base.py. Found: not run yet.
 from configs.ablations.base import get_config as get_config
 from configs.ablations.optimizer_rates import OPTIMIZERS
 
-RATES = {"adamw": 3e-3, "muon": 2e-2, "lion": 1e-3, "sgd": 0.3}
+RATES = {"adamw": 1.5e-3, "muon": 2e-2, "lion": 5e-4, "sgd": 0.1}
 
 
 def sweep(add):
