@@ -1,4 +1,4 @@
-"""Variants of attention: heads, norms, a window, value residuals.
+"""Variants of attention: heads, norms, a window, sinks, value residuals.
 
     jaxlm sweep --config=configs/ablations/attention.py --workdir=runs/attention
 
@@ -16,4 +16,6 @@ def sweep(add):
     add("one key/value head", **{"model.num_kv_heads": 1, "model.mlp_dim": 288})  # MQA
     add("qk norm", **{"model.qk_norm": True})
     add("window of 16 in the first layer", **{"model.window": 16, "model.window_pattern": "LG"})
+    add("four heads of 24", **{"model.num_heads": 4})
+    add("sinks", **{"model.attention_sinks": True})  # GPT-OSS
     add("value residual", **{"model.value_residual": True})

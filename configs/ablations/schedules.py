@@ -15,3 +15,4 @@ def sweep(add):
     add("cosine to a tenth", **{"schedule.name": "cosine", "schedule.final_fraction": 0.1})
     add("wsd, the last fifth to 0", **{"schedule.name": "wsd"})
     add("constant", **{"schedule.name": "constant"})
+    add("linear, no warm-up", **{"schedule.warmup_steps": 0})

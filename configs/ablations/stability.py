@@ -1,4 +1,4 @@
-"""What keeps logits small: z-loss, a soft-cap. Does it cost anything where nothing is unstable?
+"""What keeps logits small: z-loss, a soft-cap, qk norm; at the base's learning rate and at three times it.
 
     jaxlm sweep --config=configs/ablations/stability.py --workdir=runs/stability
 
@@ -14,3 +14,7 @@ def sweep(add):
     add("base")
     add("z-loss", **{"objective.z_loss": 1e-4})
     add("logits capped at 15", **{"model.final_softcap": 15.0})
+    high = {"optimizer.learning_rate": 3 * get_config().optimizer.learning_rate}
+    add("three times the rate", **high)
+    add("three times the rate, z-loss", **high, **{"objective.z_loss": 1e-4})
+    add("three times the rate, qk norm", **high, **{"model.qk_norm": True})
