@@ -2,7 +2,9 @@
 
     jaxlm sweep --config=configs/ablations/optimizers.py --workdir=runs/optimizers
 
-Base and data: configs/ablations/base.py. Found: not run yet.
+Base and data: configs/ablations/base.py.
+Found (three seeds, paired; nats a character; benchmarks/results/ablations/optimizers.json): Muon is better than AdamW by 0.112
+(0.055 to 0.170), Lion worse by 0.097 (0.038 to 0.156), SGD with momentum worse by 0.216 (0.188 to 0.244).
 """
 
 from configs.ablations.base import get_config as get_config
