@@ -5,7 +5,10 @@
 
 DATA has wikitext-2/valid.txt (1.1 MB, about as much as Tiny Shakespeare, which ships). Base: configs/ablations/base.py, but with
 bytes for characters; all arms see the same number of bytes, none of them twice.
-Found: not run yet.
+Found (three seeds, Welch's t-test; nats a byte of Shakespeare; benchmarks/results/ablations/mixture.json): half of articles costs
+0.084 (0.015 to 0.153), articles in the first half 0.023 (-0.059 to 0.104), where both halve the Shakespeare that is seen and
+lower the loss on articles from 3.26 to 2.06 and 2.66; corrected for two arms neither can be told from Shakespeare alone (p =
+0.06, 0.36).
 """
 
 from configs.ablations import base
@@ -15,6 +18,8 @@ OWN, OTHER = ("shakespeare", "shakespeare"), ("articles", "wikitext-2/valid.txt"
 
 def get_config(arg: str = ""):
     c = base.get_config(arg)
+    if arg == "debug":  # random tokens are no mixture
+        return c
     c.data.tokenizer = "byte"
     c.data.mixture = ((*OWN, 1.0), (*OTHER, 0.0))
     return c
