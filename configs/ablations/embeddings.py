@@ -12,7 +12,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("tied")  # the baseline
     add("untied", **{"model.tie_embeddings": False})
     add("scaled by sqrt(width)", **{"model.embed_scale": 96**0.5})  # Gemma

@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("Shakespeare alone")  # the baseline
     add("half of articles", **{"data.mixture": ((*OWN, 0.5), (*OTHER, 0.5))})
     first_half = get_config().steps // 2

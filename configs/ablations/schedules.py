@@ -10,7 +10,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("linear to 0")  # the baseline
     add("cosine to a tenth", **{"schedule.name": "cosine", "schedule.final_fraction": 0.1})
     add("wsd, the last fifth to 0", **{"schedule.name": "wsd"})

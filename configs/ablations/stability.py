@@ -4,9 +4,9 @@
 
 Base and data: configs/ablations/base.py. All arms have the parameters of the base.
 Found (three seeds, paired; nats a character; benchmarks/results/ablations/stability.json): at the base's rate neither z-loss
-(-0.005, -0.036 to 0.026) nor a cap at 15 (-0.001, -0.025 to 0.023) can be told from none: they cost nothing. At three times the
-rate one seed of three goes astray without qk norm (2.18, 2.18, 2.42), two with z-loss (2.17, 2.29, 2.53), none with qk norm
-(2.14, 2.18, 2.15); three seeds of such a spread prove nothing (0.154, -0.136 to 0.443, of the rate alone).
+(-0.005, -0.036 to 0.026) nor a cap at 15 (-0.001, -0.025 to 0.023) can be told from none. At three times the rate one seed of
+three goes astray without qk norm (2.18, 2.18, 2.42), two with z-loss (2.17, 2.29, 2.53), none with qk norm (2.14, 2.18, 2.15);
+three seeds of such a spread prove nothing (the rate alone: 0.154, -0.136 to 0.443).
 """
 
 from configs.ablations.base import get_config as get_config

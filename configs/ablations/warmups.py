@@ -17,7 +17,7 @@ def sweep(add):
     B, T, tokens = c.batch_size, c.seq_len, c.steps * c.batch_size * c.seq_len
     tenth, fifth = f"{tokens // 10} tokens", f"{tokens // 5} tokens"
     small = {"steps": c.steps // 10 * 14}  # 4 + 2 + 8 tenths
-    add.seeds = 3
+    add.seeds = 5
     add("none")  # the baseline
     add("batch", **small, stages=((tenth, {"batch_size": B // 4}), (fifth, {"batch_size": B // 2})))
     add("rows", **small, stages=((tenth, {"seq_len": T // 4}), (fifth, {"seq_len": T // 2})))
