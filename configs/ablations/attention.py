@@ -14,7 +14,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("two heads of 48")  # the baseline
     add("one key/value head", **{"model.num_kv_heads": 1, "model.mlp_dim": 288})  # MQA
     add("qk norm", **{"model.qk_norm": True})

@@ -12,7 +12,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("swiglu")  # the baseline
     add("geglu", **{"model.feedforward": "geglu"})
     for form in ("gelu", "relu2"):

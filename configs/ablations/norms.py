@@ -13,7 +13,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("rms, before")  # the baseline: Llama
     add("layer", **{"model.norm": "layer"})  # GPT-2
     add("rms without scale", **{"model.norm_scale": False})

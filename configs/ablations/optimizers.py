@@ -14,6 +14,6 @@ RATES = {"adamw": 1.5e-3, "muon": 2e-2, "lion": 5e-4, "sgd": 0.1}
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     for name, rate in RATES.items():  # the first is the baseline
         add(name, **{"optimizer.name": name, "optimizer.learning_rate": rate, **OPTIMIZERS[name][0]})

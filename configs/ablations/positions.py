@@ -13,7 +13,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("rope")  # the baseline
     add("rope of half a head", **{"model.rope_fraction": 0.5})
     add("relative", **{"model.position": "relative"})  # T5

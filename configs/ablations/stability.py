@@ -13,7 +13,7 @@ from configs.ablations.base import get_config as get_config
 
 
 def sweep(add):
-    add.seeds = 3
+    add.seeds = 5
     add("base")
     add("z-loss", **{"objective.z_loss": 1e-4})
     add("logits capped at 15", **{"model.final_softcap": 15.0})
