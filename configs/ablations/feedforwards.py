@@ -15,5 +15,5 @@ def sweep(add):
     add.seeds = 5
     add("swiglu")  # the baseline
     add("geglu", **{"model.feedforward": "geglu"})
-    for form in ("gelu", "relu2"):
+    for form in ("gelu", "relu", "relu2"):
         add(form, **{"model.feedforward": form, "model.mlp_dim": 384})

@@ -21,4 +21,6 @@ def sweep(add):
     add("none")  # the baseline
     add("batch", **small, stages=((tenth, {"batch_size": B // 4}), (fifth, {"batch_size": B // 2})))
     add("rows", **small, stages=((tenth, {"seq_len": T // 4}), (fifth, {"seq_len": T // 2})))
+    add("rows, more of them", stages=((tenth, {"seq_len": T // 4, "batch_size": 4 * B}),
+                                      (fifth, {"seq_len": T // 2, "batch_size": 2 * B})))
     add("half the batch throughout", steps=2 * c.steps, batch_size=B // 2)  # are small steps all there is to it?
