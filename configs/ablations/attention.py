@@ -4,10 +4,10 @@
 
 Base and data: configs/ablations/base.py. What one key/value head saves goes into the feed-forward (mlp_dim 288 for 256), so that
 all arms have the parameters of the base but for vectors (at most 0.4 % of them).
-Found (three seeds, paired; nats a character; benchmarks/results/ablations/attention.json): no variant can be told from two heads
-of 48: one key/value head 0.014 (-0.035 to 0.062), qk norm -0.023 (-0.081 to 0.035), a window of 16 in the first layer -0.019
-(-0.050 to 0.012), four heads -0.017 (-0.076 to 0.042), sinks 0.016 (-0.038 to 0.070), a value residual 0.009 (-0.004 to 0.022).
-Of most a true difference below 0.19 may have been missed.
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/attention.json): no variant can be told from two heads
+of 48, corrected for six: one key/value head 0.008 (-0.013 to 0.029), qk norm -0.036 (-0.067 to -0.005, p = 0.20), a window of 16
+in the first layer -0.026 (-0.051 to -0.001, p = 0.23), four heads -0.016 (-0.041 to 0.010), sinks 0.007 (-0.026 to 0.040), a
+value residual -0.007 (-0.041 to 0.027). True differences below 0.05 to 0.08 may have been missed.
 """
 
 from configs.ablations.base import get_config as get_config

@@ -3,9 +3,9 @@
     jaxlm sweep --config=configs/ablations/feedforwards.py --workdir=runs/feedforwards
 
 Base and data: configs/ablations/base.py.
-Found (three seeds, paired; nats a character; benchmarks/results/ablations/feedforwards.json): no form can be told from SwiGLU:
-geglu 0.007 (-0.103 to 0.118), gelu 0.046 (-0.027 to 0.118), relu² -0.001 (-0.079 to 0.078). A true difference below 0.17 may have
-been missed.
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/feedforwards.json): no form can be told from SwiGLU,
+corrected for four: GeGLU -0.004 (-0.049 to 0.041), GELU 0.044 (0.012 to 0.076, p = 0.08), ReLU 0.003 (-0.024 to 0.030), ReLU²
+-0.003 (-0.032 to 0.027). True differences below 0.05 to 0.09 may have been missed.
 """
 
 from configs.ablations.base import get_config as get_config

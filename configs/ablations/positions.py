@@ -4,9 +4,9 @@
 
 Base and data: configs/ablations/base.py. Learned positions add a vector for each place, relative ones 32
 numbers a head; the other arms have the parameters of the base.
-Found (three seeds, paired; nats a character; benchmarks/results/ablations/positions.json): rope of half a head cannot be told
-from rope (0.004, -0.051 to 0.058). Worse: relative by 0.190 (0.128 to 0.253), none by 0.306 (0.243 to 0.369), learned by 0.348
-(0.233 to 0.463), which after 600 steps are still no better than none.
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/positions.json): rope of half a head cannot be told from
+rope (0.000, -0.020 to 0.020). Worse: relative by 0.187 (0.157 to 0.216), none by 0.302 (0.275 to 0.329), learned by 0.379 (0.311
+to 0.447), which in 600 steps are no better than none.
 """
 
 from configs.ablations.base import get_config as get_config

@@ -3,7 +3,9 @@
     jaxlm sweep --config=configs/ablations/schedules.py --workdir=runs/schedules
 
 Base and data: configs/ablations/base.py.
-Found: not run yet.
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/schedules.json): constant is worse than linear to 0 by
+0.076 (0.058 to 0.093). Cosine to a tenth (0.002, -0.014 to 0.017) and wsd (-0.001, -0.017 to 0.014) cannot be told from it.
+Without warm-up 0.141 (0.034 to 0.247), corrected for four not significant (p = 0.07).
 """
 
 from configs.ablations.base import get_config as get_config

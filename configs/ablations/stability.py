@@ -3,10 +3,10 @@
     jaxlm sweep --config=configs/ablations/stability.py --workdir=runs/stability
 
 Base and data: configs/ablations/base.py. All arms have the parameters of the base.
-Found (three seeds, paired; nats a character; benchmarks/results/ablations/stability.json): at the base's rate neither z-loss
-(-0.005, -0.036 to 0.026) nor a cap at 15 (-0.001, -0.025 to 0.023) can be told from none. At three times the rate one seed of
-three goes astray without qk norm (2.18, 2.18, 2.42), two with z-loss (2.17, 2.29, 2.53), none with qk norm (2.14, 2.18, 2.15);
-three seeds of such a spread prove nothing (the rate alone: 0.154, -0.136 to 0.443).
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/stability.json): at the base's rate neither z-loss
+(-0.001, -0.021 to 0.019) nor a cap at 15 (-0.004, -0.014 to 0.006) can be told from none. At three times the rate two seeds of
+five go astray (2.42 and 2.45 for 2.18 to 2.21), with z-loss two or three (2.53, 2.33, 2.29), with qk norm none (2.14 to 2.23);
+corrected for five, no arm can be told from the base (0.174, 0.028 to 0.320; 0.177, 0.006 to 0.348; 0.060, 0.018 to 0.101).
 """
 
 from configs.ablations.base import get_config as get_config

@@ -4,9 +4,10 @@
 
 Base and data: configs/ablations/base.py. The learning rate follows the steps, as ever: it is not scaled with the batch, and small
 steps take more of its schedule. All arms see the same number of tokens and are evaluated in whole rows.
-Found (three seeds, paired; nats a character; benchmarks/results/ablations/warmups.json): nothing is gained here. Batch warm-up is
-at 0.046 (0.015 to 0.078), warm-up of rows at 0.024 (0.006 to 0.042), half the batch throughout at 0.021 (-0.020 to 0.062) above
-none; corrected for three arms none of them can be told from it (p = 0.07, 0.07, 0.16).
+Found (five seeds, paired; nats a character; benchmarks/results/ablations/warmups.json): batch warm-up is worse by 0.062 (0.024 to
+0.100). Rows of the same batch (0.027, -0.018 to 0.072) and half the batch throughout (0.001, -0.039 to 0.041) cannot be told from
+none; nor, corrected for four, rows of which there are more, so that a step has the same tokens: -0.023 (-0.040 to -0.007, p =
+0.055).
 """
 
 from configs.ablations.base import get_config as get_config
