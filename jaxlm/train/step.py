@@ -214,10 +214,14 @@ def build_programs(config, vocab_size: int) -> dict[Stage, Program]:
 
 
 def batches_of(batches, programs: dict[Stage, Program], start: int):
-    """Of `programs`, from the state after `start` steps on, made ahead on their devices. Close it to end its thread."""
-    for stage, program in programs.items():
+    """Of `programs`, from the state after `start` steps on, made ahead on their devices, each stage's from its first step on. Close
+    it to end its thread."""
+    *stages, last = programs
+    for stage in stages:
         if start < stage.end:
-            yield from batches.prefetched(max(start, stage.first), program.feed.put, program.feed.rows, stage.end)
+            feed = programs[stage].feed
+            yield from batches.prefetched(max(start, stage.first), feed.put, feed.rows, stage.end)
+    yield from batches.prefetched(max(start, last.first), programs[last].feed.put, programs[last].feed.rows)
 
 
 def build_program(config, vocab_size: int, devices=None, stage: Stage | None = None) -> Program:
