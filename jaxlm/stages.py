@@ -96,8 +96,9 @@ def as_stage(entry) -> tuple[object, dict]:
 
 
 def stage_at(stages, step: int) -> Stage:
-    """Of the step that takes the state from `step` to `step + 1` completed steps."""
-    return next(stage for stage in stages if step < stage.end)
+    """Of the step that takes the state from `step` to `step + 1` completed steps. Batches made ahead go on after the run, in its
+    last."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 def tokens_before(stages, step: int) -> int:

@@ -214,8 +214,7 @@ def build_programs(config, vocab_size: int) -> dict[Stage, Program]:
 
 
 def batches_of(batches, programs: dict[Stage, Program], start: int):
-    """Of `programs`, from the state after `start` steps on, made ahead on their devices, each stage's from its first step on. Close
-    it to end its thread."""
+    """Of `programs`, from the state after `start` steps on, made ahead on their devices. Close it to end its thread."""
     *stages, last = programs
     for stage in stages:
         if start < stage.end:
