@@ -102,7 +102,7 @@ def run_to(config, programs, data, frozen, state, first: int, step: int, last: i
     metrics, found, step_fns = {}, {}, {}
     with contextlib.closing(batches):
         for number in range(first + 1, last + 1):
-            batch, stage = next(batches), stage_at(programs, number - 1)
+            batch, stage = next(batches), stage_at(tuple(programs), number - 1)
             program = programs[stage]
             if stage not in step_fns:
                 step_fns[stage], _ = program.compile()
