@@ -18,6 +18,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.steps = 1000  # optimizer steps of the whole run
     c.batch_size = 32  # sequences per optimizer step, over all devices
     c.seq_len = 256  # tokens per sequence
+    c.stages = ()  # smaller batches, shorter rows to begin with: (("5%", {"batch_size": 8}), ("20%", {"seq_len": 128})): until,
+    # as steps or tokens from the start, and what differs; then the run's own (docs/research.md)
     c.grad_accum_steps = 1  # micro-batches the batch is cut into; same result, less memory
     c.imports = ()  # modules imported first, which register out-of-tree parts: ("my_ablation",)
 
@@ -379,6 +381,7 @@ def debug(c: ConfigDict) -> ConfigDict:
     c.steps = 10
     c.batch_size = 8
     c.seq_len = 32
+    c.stages = ()
     c.grad_accum_steps = min(c.grad_accum_steps, 2)
     c.schedule.warmup_steps = "10%"
     c.model.num_layers = 2

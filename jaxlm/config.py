@@ -221,14 +221,21 @@ def steps_of(value, config: ConfigDict, key: str) -> int:
         steps = value
     elif match := re.fullmatch(r"([\d.]+)\s*%", str(value)):
         steps = round(config.steps * float(match[1]) / 100)
-    elif match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMBT]?)\s*tokens", str(value)):
-        scale = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
-        steps = max(1, round(float(match[1]) * scale / (config.batch_size * config.seq_len)))
+    elif (tokens := tokens_in(value)) is not None:
+        if config.stages:
+            raise UserError(f"{key}={value!r}: with stages, steps differ in tokens; give steps, or a share of the run")
+        steps = max(1, round(tokens / (config.batch_size * config.seq_len)))
     else:
         raise UserError(f"{key}={value!r}: give a number of steps, a share of the run ('5%') or '20M tokens'")
     if steps < 0:
         raise UserError(f"{key}={value!r}: must not be negative")
     return steps
+
+
+def tokens_in(value) -> float | None:
+    """"20M tokens" -> 2e7; None of another duration."""
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMBT]?)\s*tokens", str(value))
+    return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]] if match else None
 
 
 def flatten(config) -> dict:
@@ -264,6 +271,17 @@ def diff(old, new) -> list[str]:
     old = {k: defaults[k] for k in keys if k not in old and k in defaults} | old
     return [f"{k}: {old[k] if k in old else missing} -> {new[k] if k in new else missing}"
             for k in keys if k not in old or k not in new or old[k] != new[k]]
+
+
+class View:
+    """A config with some values in place of its own."""
+
+    def __init__(self, base, **values):
+        self._base = base
+        self.__dict__.update(values)
+
+    def __getattr__(self, name):
+        return getattr(self._base, name)
 
 
 class Tracked:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from jaxlm.config import flatten, import_parts, layer_period, nearest_multiple, rotated_size, steps_of
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
+from jaxlm.stages import stages_of
 
 PREFERENCE = ("dpo", "orpo", "simpo")  # objectives of pairs of answers
 
@@ -143,6 +144,11 @@ def validate(config: ConfigDict) -> None:
                 steps_of(value, c, key)
             except UserError as error:
                 problems.extend(error.problems)
+    if not problems:
+        try:
+            stages_of(c)
+        except UserError as error:
+            problems.extend(error.problems)
     if not problems:
         warmup = steps_of(c.schedule.warmup_steps, c, "schedule.warmup_steps")
         check(warmup < c.steps, f"schedule.warmup_steps={c.schedule.warmup_steps!r} is {warmup} steps of a run of {c.steps}; "

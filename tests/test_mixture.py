@@ -104,7 +104,7 @@ def test_weights_by_size_and_temperature(config):
     config = mixed(config, mixture_by="tokens", mixture_temperature=2.0)
     train = build_data(config).train
     tokens = np.array([part.rows.store.num_tokens for part in train.parts]) * [0.5, 0.3, 0.2]
-    schedule = train.stages.schedules[0]
+    schedule = train.mix.schedules[0]
     np.testing.assert_allclose(np.array(schedule.units) / schedule.whole, tokens**0.5 / (tokens**0.5).sum())
 
 

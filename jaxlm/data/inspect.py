@@ -11,6 +11,7 @@ from jaxlm.data.loader import build_data
 from jaxlm.data.mixture import open_sources
 from jaxlm.data.store import changed_sources, read_manifest
 from jaxlm.errors import UserError
+from jaxlm.stages import stage_at
 
 
 def inspect(workdir: str, config_file: str, step: int, rows: int, overrides=()) -> dict:
@@ -34,13 +35,14 @@ def inspect(workdir: str, config_file: str, step: int, rows: int, overrides=()) 
             raise UserError(f"{workdir}: its text is no longer what it was ({'; '.join(changes)}); put the old text back")
     if step > config.steps:
         raise UserError(f"--step={step}: the run has {config.steps} steps")
-    count = min(rows or config.batch_size, config.batch_size)
-    batches, first = data.train, (step - 1) * config.batch_size
+    batches, stage = data.train, stage_at(data.train.stages, step - 1)
+    count, (first, piece) = min(rows or stage.batch_size, stage.batch_size), stage.place(step - 1)
     batch = batches.batch(step - 1, range(count))
     read = pieces if config.data.form == "text" else functools.partial(example_pieces, classes=config.data.classes)
-    shown = [{"row": row, **batches.where(first + row), **{name: a[row].tolist() for name, a in batch.items()},
+    shown = [{"row": row, **batches.where(first + row, stage.pieces, piece),
+              **{name: a[row].tolist() for name, a in batch.items()},
               "pieces": read({name: a[row] for name, a in batch.items()}, data.tokenizer)} for row in range(count)]
-    return {"step": step, "epoch": shown[0]["epoch"], "batch_size": config.batch_size, "rows": shown}
+    return {"step": step, "epoch": shown[0]["epoch"], "batch_size": stage.batch_size, "rows": shown}
 
 
 def pieces(row: dict[str, np.ndarray], tokenizer) -> list[dict]:

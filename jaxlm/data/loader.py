@@ -4,6 +4,7 @@ Host count, worker count and mesh never enter, so resuming is starting at anothe
 """
 
 import hashlib
+import itertools
 import os
 import queue
 import threading
@@ -17,6 +18,7 @@ from jaxlm.data.mixture import MixedRows, build_stages, gathered, open_sources
 from jaxlm.data.packing import SyntheticRows, build_rows
 from jaxlm.data.tokenizers import ByteTokenizer, build_tokenizer
 from jaxlm.errors import UserError
+from jaxlm.stages import stage_at, stages_of
 
 
 class Data(NamedTuple):
@@ -117,6 +119,7 @@ class Batches:
         import grain
 
         self.rows, self.batch_size, self.seed = rows, batch_size, config.seed if seed is None else seed
+        self.stages = stages_of(config)
         self.jitter, self.prefetch = config.data.jitter, config.data.prefetch
         self.num_bytes = rows.num_bytes
         # Grain's shuffle is a true permutation, new in each epoch, and indexable at any point.
@@ -129,19 +132,22 @@ class Batches:
 
     def batch(self, step: int, rows=None) -> dict[str, np.ndarray]:
         """The batch that takes the state from `step` to `step + 1` completed steps: arrays (B, T), or of it the rows
-        `rows` alone (what one of several processes needs, `Feed.rows`)."""
-        places = [step * self.batch_size + int(row) for row in (range(self.batch_size) if rows is None else rows)]
-        return self.rows_at(places)
+        `rows` alone (what one of several processes needs, `Feed.rows`). B and T are those of the step's stage."""
+        stage = stage_at(self.stages, step)
+        first, piece = stage.place(step)
+        places = [first + int(row) for row in (range(stage.batch_size) if rows is None else rows)]
+        return self.rows_at(places, stage.pieces, piece)
 
-    def rows_at(self, places: list[int]) -> dict[str, np.ndarray]:
-        """Rows of the run, counted from its start."""
+    def rows_at(self, places: list[int], pieces: int = 1, piece: int = 0) -> dict[str, np.ndarray]:
+        """Rows of the run, counted from its start; of each, cut into `pieces`, the one with the number `piece`."""
         epochs = [i // len(self.rows) for i in places]
         offsets = {epoch: self._offset(epoch) for epoch in set(epochs)}
-        return self.rows.take([int(self.order[i]) for i in places], [offsets[epoch] for epoch in epochs])
+        rows = self.rows if pieces == 1 else self.rows.cut(pieces)
+        return rows.take([int(self.order[i]) * pieces + piece for i in places], [offsets[epoch] for epoch in epochs])
 
-    def where(self, place: int) -> dict:
-        """What row `place` of the run is: {"epoch", "index"}, and in a mixture "source"."""
-        return {"epoch": place // len(self.rows), "index": int(self.order[place])}
+    def where(self, place: int, pieces: int = 1, piece: int = 0) -> dict:
+        """What row `place` of the run is, or a piece of it: {"epoch", "index"}, and in a mixture "source"."""
+        return {"epoch": place // len(self.rows), "index": int(self.order[place]) * pieces + piece}
 
     def _offset(self, epoch: int) -> int:
         """Tokens by which the row grid is moved in this epoch."""
@@ -159,15 +165,15 @@ class Batches:
             missing = len(places) - len(real)
             yield {name: np.pad(a[: len(real)], ((0, missing), (0, 0))) for name, a in batch.items()} if missing else batch
 
-    def prefetched(self, start_step: int, put: Callable, rows=None) -> Iterator:
-        """`batch(step, rows)` for start_step, start_step + 1, ..., its arrays sent through `put` (dict -> dict). A thread stays
-        `data.prefetch` batches ahead, and holds one more until there is room for it, so both reading and the copy to the device
-        happen behind the running step. Close the generator to end the thread."""
+    def prefetched(self, start_step: int, put: Callable, rows=None, end_step: int | None = None) -> Iterator:
+        """`batch(step, rows)` for start_step, start_step + 1, ... before end_step (None: no end), its arrays sent through `put`
+        (dict -> dict). A thread stays `data.prefetch` batches ahead, and holds one more until there is room for it, so both
+        reading and the copy to the device happen behind the running step. Close the generator to end the thread."""
         ready, closed = queue.Queue(maxsize=max(1, self.prefetch)), threading.Event()
 
         def work():
             step, host, item = start_step, {}, {}
-            while not closed.is_set():
+            while not closed.is_set() and step != end_step:
                 try:
                     before, host = host, self.batch(step, rows)
                     # What comes again, as `packing.whole` does, is on the device already.
@@ -187,7 +193,7 @@ class Batches:
         thread = threading.Thread(target=work, name="jaxlm-data", daemon=True)
         thread.start()
         try:
-            while True:
+            for _ in itertools.count() if end_step is None else range(start_step, end_step):
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
@@ -214,20 +220,21 @@ class MixedBatches(Batches):
         self.names, self.batch_size, self.prefetch = list(rows), config.batch_size, config.data.prefetch
         # By its name: a source's order stays the same when others come and go.
         self.parts = [Batches(config, of, 1, (config.seed + zlib.crc32(name.encode())) % 2**32) for name, of in rows.items()]
-        self.stages = build_stages(config, stores, {name: len(of) for name, of in rows.items()})
-        self.num_rows = config.steps * config.batch_size
+        self.mix = build_stages(config, stores, {name: len(of) for name, of in rows.items()})
+        self.stages = stages_of(config)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def rows_at(self, places):
-        sources, numbers = zip(*map(self.stages.at, places), strict=True)
-        return gathered(sources, numbers, lambda source, of: self.parts[source].rows_at(of))
+    def rows_at(self, places, pieces=1, piece=0):
+        sources, numbers = zip(*map(self.mix.at, places), strict=True)
+        return gathered(sources, numbers, lambda source, of: self.parts[source].rows_at(of, pieces, piece))
 
-    def where(self, place):
-        source, number = self.stages.at(place)
-        return {"source": self.names[source], **self.parts[source].where(number)}
+    def where(self, place, pieces=1, piece=0):
+        source, number = self.mix.at(place)
+        return {"source": self.names[source], **self.parts[source].where(number, pieces, piece)}
 
     def about(self) -> tuple[str, ...]:
-        return ("mixture: " + ", ".join(f"{name} {had / self.num_rows:.2%} of the rows ({had / len(part):.3g} epochs)" for
-                                        name, had, part in zip(self.names, self.stages.had, self.parts, strict=True)),)
+        rows = self.stages[-1].end_row
+        return ("mixture: " + ", ".join(f"{name} {had / rows:.2%} of the rows ({had / len(part):.3g} epochs)" for
+                                        name, had, part in zip(self.names, self.mix.had, self.parts, strict=True)),)

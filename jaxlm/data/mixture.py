@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.config import View
 from jaxlm.data.examples import build_form
 from jaxlm.data.packing import whole
 from jaxlm.data.sources import Skipped, find_files, reading, told, whole_files
@@ -24,6 +25,7 @@ from jaxlm.data.tokenizers import build_tokenizer, learns
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import main_first
 from jaxlm.registry import did_you_mean
+from jaxlm.stages import stage_at, stages_of
 
 UNITS = 2**34  # shares are whole numbers of 1/UNITS
 SMALLEST = 1e-6  # share
@@ -144,17 +146,6 @@ class Stages:
 # ---- From the config ---------------------------------------------------------------------------------------------------------
 
 
-class View:
-    """A config with some values in place of its own."""
-
-    def __init__(self, base, **values):
-        self._base = base
-        self.__dict__.update(values)
-
-    def __getattr__(self, name):
-        return getattr(self._base, name)
-
-
 def sources_of(config) -> list[Source]:
     """Raises UserError: data.mixture or data.mixture_stages that cannot be."""
     try:
@@ -237,8 +228,9 @@ def build_stages(config, stores: dict, lengths: dict[str, int]) -> Stages:
 
     asked = [(0, {s.name: s.weight for s in sources}), *d.mixture_stages]
     caps = [int(s.max_epochs * lengths[s.name]) if s.max_epochs else None for s in sources]
-    return Stages([(step * config.batch_size, tempered(weights)) for step, weights in asked if step < config.steps], caps,
-                  config.steps * config.batch_size)
+    stages = stages_of(config)
+    return Stages([(stage_at(stages, step).place(step)[0], tempered(weights)) for step, weights in asked if step < config.steps],
+                  caps, stages[-1].end_row)
 
 
 class MixedRows:

@@ -72,6 +72,10 @@ class PackedRows:
             batch["loss_mask"][np.asarray(indices) > 0, : T - self.stride] = 0
         return batch
 
+    def cut(self, pieces: int) -> "PackedRows":
+        """The same text, each row in so many: row i is rows i * pieces ... of the result."""
+        return PackedRows(self.store, self.seq_len // pieces, self.isolate, pad_last=False)
+
     def about(self) -> tuple[str, ...]:
         """Lines for the start of the log."""
         return ()
@@ -235,6 +239,10 @@ class SyntheticRows:
         source = whole(len(window), S)
         return batch | {"source_tokens": window[:, T + 1 :], "source_segment_ids": source["segment_ids"],
                         "source_positions": source["positions"]}
+
+    def cut(self, pieces: int) -> "SyntheticRows":
+        """Others, shorter: there is no text to go on in."""
+        return SyntheticRows(self.vocab_size, self.seq_len // pieces, self.seed, self.source_len)
 
 
 def divided(window, begins, live_B) -> dict[str, np.ndarray]:

@@ -133,7 +133,8 @@ class Run:
         self.checkpoints.wait()
         self.checkpoints.close()
         summary = summarise(self.workdir, self.program, self.totals, self.cost, status=status, exit_code=exit_code, steps=step,
-                            compile_seconds=compile_seconds, elapsed_seconds=time.time() - self.began)
+                            flops=self.totals["tokens"] * self.cost.causal_flops, compile_seconds=compile_seconds,
+                            elapsed_seconds=time.time() - self.began)
         write_json(os.path.join(self.workdir, "summary.json"), summary)
         self.writers.close()
         if self.config.observe.report:

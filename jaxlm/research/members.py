@@ -275,6 +275,8 @@ def check_numbers(differing: dict[str, list], base) -> None:
     for axis in AXES:
         if base.mesh[axis] > 1:
             problems.append(f"mesh.{axis}={base.mesh[axis]}: a member of an ensemble has one device; leave mesh.{axis} out")
+    if base.stages:
+        problems.append("stages: members of an ensemble have one step for the whole run; train such runs one by one")
     if base.model.from_pretrained:
         problems.append("model.from_pretrained: members of an ensemble start from scratch; train such runs one by one")
     if problems:

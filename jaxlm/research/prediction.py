@@ -90,6 +90,8 @@ def fit_runs(paths: list[str], out: str, level: float = 0.95) -> dict:
 
 
 def tokens_of(config, steps: int) -> int:
+    if "stages" in config and config["stages"]:
+        raise UserError("stages: a scaling law's steps all have the same tokens; leave it empty")
     return steps * config["batch_size"] * config["seq_len"]
 
 

@@ -23,10 +23,11 @@ from jaxlm.observe.internals import build_internals, internals_line
 from jaxlm.observe.report import read_json, read_lines
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.rules import replicated
+from jaxlm.stages import stage_at
 from jaxlm.train.frozen import check_frozen, read_frozen
 from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.restore import config_of_run
-from jaxlm.train.step import build_program, keys_of_rows
+from jaxlm.train.step import batches_of, build_programs, keys_of_rows
 
 COMPARED = ("loss", "grad_norm")
 WORST = 50  # tokens that are listed
@@ -49,7 +50,8 @@ def replay(workdir: str, step: int, overrides=(), from_start: bool = False) -> d
     checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False, create=False)
     first = first_step(workdir, step, checkpoints.steps(), lines["train"], from_start)
     data = build_data(config)
-    program = build_program(config, data.vocab_size)
+    programs = build_programs(config, data.vocab_size)
+    program = next(iter(programs.values()))
     frozen = read_frozen(program, config)
     if first:
         first, state, meta = checkpoints.restore(program.state, before=step)
@@ -61,7 +63,7 @@ def replay(workdir: str, step: int, overrides=(), from_start: bool = False) -> d
     checkpoints.close()
     logged = {x["step"]: x for x in lines["train"]}
     last = min((s for s in logged if s >= step), default=step)  # a line after the step tells of its outcome too
-    found = run_to(config, program, data, frozen, state, first, step, last)
+    found = run_to(config, programs, data, frozen, state, first, step, last)
     difference, compared = compare(found["metrics"], logged)
     if difference:
         difference += other_versions(workdir)
@@ -92,22 +94,24 @@ def first_step(workdir: str, step: int, steps: list[int], train_lines: list[dict
     return max(earlier, default=0)
 
 
-def run_to(config, program, data, frozen, state, first: int, step: int, last: int) -> dict:
-    """Steps first + 1 ... last by the run's own executable, with a look at `step` -> {"metrics": {step: {name: number}},
+def run_to(config, programs, data, frozen, state, first: int, step: int, last: int) -> dict:
+    """Steps first + 1 ... last by the run's own executables, with a look at `step` -> {"metrics": {step: {name: number}},
     "internals", "losses" (B, T)}."""
-    hyper = put_everywhere(program.hyper, replicated(program.mesh))
-    step_fn, _ = program.compile()
-    batches = data.train.prefetched(first, program.feed.put, program.feed.rows)
-    metrics, found = {}, {}
+    some = next(iter(programs.values()))
+    hyper, batches = put_everywhere(some.hyper, replicated(some.mesh)), batches_of(data.train, programs, first)
+    metrics, found, step_fns = {}, {}, {}
     with contextlib.closing(batches):
         for number in range(first + 1, last + 1):
-            batch = next(batches)
+            batch, stage = next(batches), stage_at(tuple(programs), number - 1)
+            program = programs[stage]
+            if stage not in step_fns:
+                step_fns[stage], _ = program.compile()
             if number == step:
                 line = internals_line(step, jax.device_get(build_internals(config, program)(state, batch, hyper, *frozen)))
                 found["internals"] = {k: v if math.isfinite(v) else None for k, v in line.items() if k not in ("split", "step")}
                 losses = jit(program.mesh, build_losses(config, program), out_shardings=replicated(program.mesh))
                 found["losses"] = jax.device_get(losses(state, batch, hyper))
-            state, on_device = step_fn(state, batch, hyper, *frozen)
+            state, on_device = step_fns[stage](state, batch, hyper, *frozen)
             metrics[number] = {k: v.item() for k, v in jax.device_get(on_device).items()}
     return {"metrics": metrics, **found}
 

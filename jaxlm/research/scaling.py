@@ -67,6 +67,8 @@ def isoflop(config, flops: Iterable[float], sizes: int = 5, tokens_per_parameter
 
 
 def run_of(config, size: Size, tokens: float, why: str) -> tuple[str, dict]:
+    if config.stages:
+        raise UserError("stages: a scaling law's steps all have the same tokens; leave it empty")
     steps = round(tokens / (config.batch_size * config.seq_len))
     if steps < FEWEST_STEPS:
         raise UserError(f"{short(size.parameters)} parameters, {why}: {short(tokens)} tokens are {steps} steps of "

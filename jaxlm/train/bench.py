@@ -48,8 +48,9 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
     usual = (3, 5, 5) if on_cpu else (15, 7, 20)
     warmup, blocks, block_steps = (given or own for given, own in zip((warmup, blocks, block_steps), usual, strict=True))
     name = fingerprint(config)
+    config = config.copy_and_resolve_references()
+    config.stages = ()  # the run's own batch and rows: of all stages the largest
     if config.model.vocab_size and config.data.source != "synthetic":
-        config = config.copy_and_resolve_references()
         config.data.source = "synthetic"
     data, program, config = build(config, overrides)
     hyper, frozen = put_everywhere(program.hyper, replicated(program.mesh)), read_frozen(program, config)

@@ -29,6 +29,7 @@ from jaxlm.parallel.distributed import about_processes, is_main, num_processes, 
 from jaxlm.parallel.rules import replicated
 from jaxlm.parallel.table import sharding_table
 from jaxlm.plan.executable import load as load_executable
+from jaxlm.stages import describe_stages, stage_at, tokens_before
 from jaxlm.train import heap
 from jaxlm.train.base import describe_base, left_out
 from jaxlm.train.frozen import check_frozen, read_frozen
@@ -36,7 +37,7 @@ from jaxlm.train.pretrained import pretrained_params
 from jaxlm.train.record import cost_of, summarise, train_line
 from jaxlm.train.rundir import completed_summary, keep_tokenizer, open_run_directory, write_json
 from jaxlm.train.state import flatten_paths
-from jaxlm.train.step import build_eval_step, build_program
+from jaxlm.train.step import batches_of, build_eval_step, build_programs
 from jaxlm.train.stop import Patience, StopSignal
 
 
@@ -54,7 +55,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
     data = build_data(config)
-    program = build_program(config, data.vocab_size)
+    programs = build_programs(config, data.vocab_size)  # by stage; all but their batches' shapes are the same
+    stages, program = tuple(programs), programs[next(reversed(programs))]
     model, mesh, feed, hyper = program.model, program.mesh, program.feed, put_everywhere(program.hyper, replicated(program.mesh))
     steps, log_every, look_every = config.steps, config.observe.log_every, config.observe.internals_every
     duration = lambda value, key: steps_of(value, full_config, key)
@@ -111,22 +113,27 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     alive("compiling", SLOW)
 
     # ---- Compile: once, ahead of the loop; the loop calls these very executables ---------------------------------------
-    step_fn, compile_seconds = (compiled, 0.0) if compiled else program.compile()
+    step_fns, compile_seconds = {stages[-1]: compiled} if compiled else {}, 0.0
+    for stage in stages:
+        if stage.end > start and stage not in step_fns:
+            step_fns[stage], seconds = programs[stage].compile()
+            compile_seconds += seconds
     eval_feed = Feed(feed.sharding, (config.eval.batch_size, config.seq_len))
     eval_step = jit(mesh, build_eval_step(model, program.objective, program.frozen))
     if look_every:
         from jaxlm.observe.internals import build_internals, internals_line
 
-        look = build_internals(full_config, program)
+        looks = {stage: build_internals(full_config, programs[stage]) for stage in step_fns}
 
     # ---- Watch ----------------------------------------------------------------------------------------------------------
-    cost = cost_of(config, program)
+    costs = {stage: cost_of(stage.view(config), program) for stage in stages}
     names = list(flatten_paths(model.trained))
     active = model.num_active_parameters
     active = f" ({active:,} active for a token)" if active < model.num_parameters else ""
     about = [
         f"jaxlm {full_config.model.family}: {model.num_parameters:,} parameters{active}, vocabulary {data.vocab_size:,}, "
         f"{config.batch_size * config.seq_len:,} tokens a step",
+        *describe_stages(stages),
         *([f"training {model.num_trained:,} of them, the others are frozen"] if model.num_trained < model.num_parameters else []),
         *untaken,
         *data.about,
@@ -151,8 +158,9 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         from jaxlm.evaluate.answers import Answers
 
         answers = Answers(config, model, data, "valid", eval_answers)
-    totals = {"tokens": start * config.batch_size * config.seq_len, "first_step": None, "valid": {}, "improved": False,
-              "train_loss": None, "speeds": []}
+    totals = {"tokens": tokens_before(stages, start), "first_step": None,
+              "flops": sum(tokens_before([stage], start) * costs[stage].causal_flops for stage in stages),
+              "valid": {}, "improved": False, "train_loss": None, "speeds": []}
     generator = None
 
     def evaluated(params, batch):
@@ -199,8 +207,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
         process_log.write(f"{status} at step {step}")
         if not is_main():
             return None
-        summary = summarise(workdir, program, totals, cost, status=status, exit_code=exit_code, steps=step,
-                            compile_seconds=compile_seconds, elapsed_seconds=time.time() - began)
+        summary = summarise(workdir, program, totals, costs[stages[-1]], status=status, exit_code=exit_code, steps=step,
+                            flops=totals["flops"], compile_seconds=compile_seconds, elapsed_seconds=time.time() - began)
         summary |= {"stopped_early": patience.exhausted and step < steps,
                     "best": {"step": patience.best_step, metric: patience.best} if patience.best_step else None}
         write_json(os.path.join(workdir, "summary.json"), summary)
@@ -222,10 +230,12 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     def read_back(item):
         """Metrics of a finished step: the host waits for step n only after n+1 was sent to the device."""
         step, on_device, ended, inside = item
+        stage = stage_at(stages, step - 1)
         logged = step % log_every == 0 or step == steps
         wanted = on_device if logged else {k: on_device[k] for k in ("finite", "tokens", "bad_leaf")}
         metrics = {k: v.item() for k, v in jax.device_get(wanted).items()}
         totals["tokens"] += int(metrics["tokens"])
+        totals["flops"] += metrics["tokens"] * costs[stage].causal_flops
         if totals["first_step"] is None:
             totals["first_step"] = time.time() - began
         if not metrics["finite"]:
@@ -242,17 +252,24 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
             speed = rates["tokens_per_second"]
             if speed and step > start + log_every:  # the first lines hold the warm-up
                 totals["speeds"].append(speed)
-            line = train_line(step, totals["tokens"], metrics, rates, cost, time.time() - began)
+            line = train_line(step, totals["tokens"], metrics, rates, costs[stage], time.time() - began)
             writers.write(line)
             progress.update(line)
         if inside:
             writers.write(internals_line(step, jax.device_get(inside)))
 
     step, saving, enough = start, False, patience.exhausted
-    batches = data.train.prefetched(start, feed.put, feed.rows)
+    batches = batches_of(data.train, programs, start)
     try:
         with jax.transfer_guard("disallow"):
             for step in () if enough else range(start + 1, steps + 1):
+                stage = stage_at(stages, step - 1)
+                if step == stage.first + 1:  # rates are of one stage
+                    if pending:
+                        read_back(pending)
+                        pending = None
+                    clock.restart(step - 1, totals["tokens"])
+                    totals["speeds"].clear()
                 waited = time.perf_counter()
                 batch = next(batches)
                 clock.waited(time.perf_counter() - waited)
@@ -260,8 +277,8 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
                     saving = checkpoints.is_saving()
                     heap.give_back_freed_memory()
                 # Before the step, which takes the state away.
-                inside = look(state, batch, hyper, *frozen) if look_every and step % look_every == 0 else None
-                state, metrics = step_fn(state, batch, hyper, *frozen)
+                inside = looks[stage](state, batch, hyper, *frozen) if look_every and step % look_every == 0 else None
+                state, metrics = step_fns[stage](state, batch, hyper, *frozen)
                 if pending:
                     read_back(pending)
                 pending = (step, metrics, clock.now() if in_turn else None, inside)

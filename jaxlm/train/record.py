@@ -36,7 +36,7 @@ def train_line(step: int, tokens: int, metrics: dict, rates: dict, cost: Cost, e
 
 
 def summarise(workdir: str, program, totals: dict, cost: Cost, *, status: str, exit_code: int, steps: int,
-              compile_seconds: float, elapsed_seconds: float) -> dict:
+              flops: float, compile_seconds: float, elapsed_seconds: float) -> dict:
     """totals: "tokens", "train_loss", "valid" (the last evaluation, {} without), "first_step" (seconds), "speeds" (tokens/s)."""
     model, mesh, valid = program.model, program.mesh, totals["valid"]
     speed = statistics.median_high(totals["speeds"]) if totals["speeds"] else None
@@ -46,7 +46,7 @@ def summarise(workdir: str, program, totals: dict, cost: Cost, *, status: str, e
         "train_loss": totals["train_loss"], "valid_loss": valid["loss"] if valid else None,
         "bits_per_byte": valid.get("bits_per_byte"),
         "tokens_per_second": speed, "mfu": speed * cost.causal_flops / cost.peak if speed and cost.peak else None,
-        "flops": totals["tokens"] * cost.causal_flops,
+        "flops": flops,
         "compile_seconds": compile_seconds, "seconds_to_first_step": totals["first_step"],
         "elapsed_seconds": elapsed_seconds, "peak_memory_bytes": peak_memory_bytes(), "devices": mesh.size,
         "device_kind": jax.devices()[0].device_kind, "mesh": dict(mesh.shape), "attention_backend": program.backend,

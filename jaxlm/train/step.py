@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxlm.config import is_off
 from jaxlm.data.feed import Feed
+from jaxlm.errors import UserError
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.moe import balance_biases, router_metrics
 from jaxlm.objectives.build import build_objective
@@ -26,6 +27,7 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.parallel.mesh import build_mesh
 from jaxlm.parallel.rules import batch_sharding, constrain, replicated, under_mesh
+from jaxlm.stages import Stage, stages_of
 from jaxlm.train.frozen import Frozen, build_frozen
 from jaxlm.train.state import Model, build_init, build_model, flatten_paths, lay_out, part_of, state_shardings, with_part
 
@@ -35,7 +37,7 @@ def build_train_step(config, model, objective, optimizer, schedule, frozen=None,
 
     look: (mean gradients before clipping, state, new state, aux) -> what metrics["inside"] is then (`jaxlm.observe.internals`).
 
-    batch: arrays (B, T), B = config.batch_size.
+    batch: arrays (B, T).
     hyper: traced scalars {"learning_rate", "weight_decay", "seed"}, so that an ensemble of them is one `vmap`.
     own: with a `frozen` model, its own parameters.
     metrics: float32 scalars; loss is nats per target token over the whole batch; bad_leaf is the index (in the order of
@@ -199,15 +201,38 @@ class Program(NamedTuple):
         return self.lower().compile(compiler_options=self.compiler_options), time.time() - began
 
 
-def build_program(config, vocab_size: int, devices=None) -> Program:
-    """Compiles nothing. devices: those of this machine, or of a topology. Raises UserError: all that is wrong with parts or
-    mesh."""
+def build_programs(config, vocab_size: int) -> dict[Stage, Program]:
+    """Of each stage of the run; the last is `build_program`'s own. Raises UserError, as it does, by stage."""
+    *stages, last = stages_of(config)
+    programs, run = {}, build_program(config, vocab_size)
+    for stage in stages:
+        try:
+            programs[stage] = build_program(config, vocab_size, stage=stage)
+        except UserError as error:
+            raise UserError(*(f"stages: until step {stage.end}: {problem}" for problem in error.problems)) from error
+    return {**programs, last: run}
+
+
+def batches_of(batches, programs: dict[Stage, Program], start: int):
+    """Of `programs`, from the state after `start` steps on, made ahead on their devices. Close it to end its thread."""
+    *stages, last = programs
+    for stage in stages:
+        if start < stage.end:
+            feed = programs[stage].feed
+            yield from batches.prefetched(max(start, stage.first), feed.put, feed.rows, stage.end)
+    yield from batches.prefetched(max(start, last.first), programs[last].feed.put, programs[last].feed.rows)
+
+
+def build_program(config, vocab_size: int, devices=None, stage: Stage | None = None) -> Program:
+    """Compiles nothing. devices: those of this machine, or of a topology. stage: whose batch and rows it takes; None: the run's
+    own. Raises UserError: all that is wrong with parts or mesh."""
     devices = jax.devices() if devices is None else devices
+    shaped = stage.view(config) if stage else config  # the parameters are those of the whole run
     with target.building_for(devices[0]):
-        backend, why = choose_backend(config, target.platform())
+        backend, why = choose_backend(shaped, target.platform())
         model = build_model(config, vocab_size, backend)
         sizes, layout = choose_axes(config, vocab_size, devices) if config.mesh.auto else (None, "")
-        mesh = build_mesh(config, devices, sizes)
+        mesh = build_mesh(shaped, devices, sizes)
         if mesh.shape["context"] > 1:
             backend, why = config.kernels.context, "mesh.context cuts the sequence up"
         objective = build_objective(config)
@@ -222,7 +247,7 @@ def build_program(config, vocab_size: int, devices=None) -> Program:
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
     hyper = {"learning_rate": np.float32(config.optimizer.learning_rate),
              "weight_decay": np.float32(config.optimizer.weight_decay), "seed": np.int32(config.seed)}
-    feed = Feed(batch_sharding(mesh), (config.batch_size, config.seq_len))
+    feed = Feed(batch_sharding(mesh), (shaped.batch_size, shaped.seq_len))
     return Program(backend, why, model, mesh, objective, train_step, init, state, shardings, hyper, feed, options,
                    config.data.source_len if config.model.family == "encoder_decoder" else 0, layout, frozen,
                    (frozen.abstract(mesh, config.mesh.zero_stage),) if frozen else (), build_step)
