@@ -139,7 +139,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.teacher_weight = 0.5  # share of the teacher in the loss; the rest is the cross-entropy of the text
     c.objective.temperature = 1.0  # softens both distributions before they are compared
     c.objective.kl = "forward"  # forward: KL(teacher || student); reverse: KL(student || teacher)
-    c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1
+    c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1;
+    # ("balanced",): n / (classes * count), counted of the training examples
 
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic

@@ -164,6 +164,22 @@ def _refuse(text):
     raise ValueError(text)
 
 
+BALANCED = ("balanced",)  # as objective.class_weights: `settle_class_weights` puts numbers in its place
+
+
+def settle_class_weights(config: ConfigDict, counts) -> None:
+    """In place, objective.class_weights of ("balanced",) by the training examples of each class (`loader.Data`): n / (k count),
+    as scikit-learn's class_weight="balanced". A run's stored config has the numbers. Raises UserError: a class without examples.
+    """
+    if config.objective.class_weights != BALANCED:
+        return
+    for name, count in zip(config.data.classes, counts, strict=True):
+        if not count:
+            raise UserError(f"objective.class_weights={BALANCED}: class {name!r} has no training examples; give numbers, or "
+                            "leave the class out")
+    config.objective.class_weights = tuple(sum(counts) / (len(counts) * count) for count in counts)
+
+
 def resolve(config: ConfigDict) -> None:
     """Fill in what follows from other keys (0 means "derive"), in place."""
     m = config.model

@@ -4,7 +4,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from jaxlm.config import flatten, import_parts, layer_period, nearest_multiple, rotated_size, steps_of
+from jaxlm.config import BALANCED, flatten, import_parts, layer_period, nearest_multiple, rotated_size, steps_of
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
 
@@ -108,8 +108,9 @@ def validate(config: ConfigDict) -> None:
     check(c.eval.patience >= 0, f"eval.patience={c.eval.patience}: must not be negative; 0 is off")
     check(not c.eval.patience or c.data.source != "synthetic" and c.eval.every_steps not in (0, "0%"),
           f"eval.patience={c.eval.patience}: needs text to evaluate on, and eval.every_steps above 0")
-    check(c.eval.metric != "accuracy" or c.objective.name not in ("next_token", "seq2seq"),
-          f"eval.metric='accuracy': objective.name={c.objective.name} tells none; use loss")
+    untold = ("perplexity", "bits_per_byte") if c.objective.name in (*PREFERENCE, "classification") else ("accuracy",) \
+        if c.objective.name in ("next_token", "seq2seq", "distillation") else ()
+    check(c.eval.metric not in untold, f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += import_parts(c.imports) + example_problems(c)
@@ -199,8 +200,10 @@ def example_problems(c: ConfigDict) -> list[str]:
     check(o.name != "dpo" or o.label_smoothing < 0.5, f"objective.label_smoothing={o.label_smoothing}: of dpo must be below 0.5")
     check(o.name == "classification" or not o.class_weights,
           "objective.class_weights: is of objective.name=classification; remove it")
-    check(not o.class_weights or len(o.class_weights) == m.num_classes and min(o.class_weights) >= 0,
-          f"objective.class_weights={o.class_weights}: give one number, not negative, for each of {m.num_classes} classes")
+    check(o.class_weights in ((), BALANCED) or len(o.class_weights) == m.num_classes and all(
+        isinstance(weight, int | float) and weight >= 0 for weight in o.class_weights),
+          f"objective.class_weights={o.class_weights}: give one number, not negative, for each of {m.num_classes} classes, or "
+          f"{BALANCED}")
     return problems
 
 
