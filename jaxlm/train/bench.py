@@ -95,7 +95,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
 
     # ---- Sum up --------------------------------------------------------------------------------------------------------
     kind = jax.devices()[0].device_kind
-    causal, palm = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
+    causal, palm = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters, program.frozen)
     speed, peak = tokens / statistics.median(seconds), peak_flops(kind, config.kernels.quantization)
     return {
         "tokens_per_second": speed,
