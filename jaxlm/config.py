@@ -22,7 +22,8 @@ from jaxlm.registry import did_you_mean
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
                 "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
-                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.task_limit")
+                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.lm_eval_chat",
+                "eval.task_limit")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:

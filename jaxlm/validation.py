@@ -87,6 +87,11 @@ def validate(config: ConfigDict) -> None:
             check(not m[key], f"model.{key}={m[key]}: model.family=encoder_decoder has none; remove it")
         for key, wanted in (("window_pattern", "G"), ("norm_place", "pre"), ("block", "serial"), ("ngram_max", 1)):
             check(m[key] == wanted, f"model.{key}={m[key]!r}: model.family=encoder_decoder needs {wanted!r}")
+    if m.prefix_attention:
+        for key, wanted in (("model.family", "decoder"), ("data.form", "pair"), ("objective.name", "next_token"),
+                            ("model.attention", "multihead"), ("model.window_pattern", "G")):
+            check(flat[key] == wanted, f"model.prefix_attention=True: needs {key}={wanted}, not {flat[key]}")
+        check(m.position != "relative", "model.prefix_attention=True: model.position=relative counts no later tokens; use rope")
     check(m.position != "relative" or m.relative_max_distance > m.relative_buckets // 2 > 1,
           f"model.relative_max_distance={m.relative_max_distance}: must be above half of model.relative_buckets="
           f"{m.relative_buckets}, which must be at least 4")
