@@ -59,7 +59,7 @@ def test_each_answer_of_the_adapter_is_that_of_transformers(harness, name, chat)
 def test_the_chat_template_writes_a_question_and_an_answer_that_is_begun(harness):
     model = harness.JaxLM(*opened("llama2"))
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who? "}]
-    assert model.apply_chat_template(turns) == "<s>answer: be brief</s>\nquestion: who?\nanswer:"
+    assert model.apply_chat_template(turns) == "<s>answer: be brief\nquestion: who?\nanswer:"
     begun = [*turns[1:], {"role": "assistant", "content": "the "}]
     assert model.apply_chat_template(begun, add_generation_prompt=False) == "<s>question: who?\nanswer: the"
     model.template = ChatTemplate("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
