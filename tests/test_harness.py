@@ -65,7 +65,7 @@ def test_the_chat_template_writes_a_question_and_an_answer_that_is_begun(harness
     model.template = ChatTemplate("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
                                   "{{ m.content }}{% endfor %}", {})
     assert model.apply_chat_template(turns) == "who? "
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match="at least one message"):
         model.apply_chat_template([{"role": "system", "content": "x"}])
 
 
