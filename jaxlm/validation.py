@@ -113,9 +113,9 @@ def validate(config: ConfigDict) -> None:
     check(c.eval.patience >= 0, f"eval.patience={c.eval.patience}: must not be negative; 0 is off")
     check(not c.eval.patience or c.data.source != "synthetic" and c.eval.every_steps not in (0, "0%"),
           f"eval.patience={c.eval.patience}: needs text to evaluate on, and eval.every_steps above 0")
-    untold = ("perplexity", "bits_per_byte") if c.objective.name in (*PREFERENCE, "classification") else ("accuracy",) \
-        if c.objective.name in ("next_token", "seq2seq", "distillation") else ()
-    check(c.eval.metric not in untold, f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
+    of_tokens, of_examples = ("next_token", "seq2seq", "distillation"), (*PREFERENCE, "classification")
+    untold = {"accuracy": of_tokens, "perplexity": of_examples, "bits_per_byte": of_examples}  # by objectives
+    check(c.objective.name not in untold.get(c.eval.metric, ()), f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += import_parts(c.imports) + example_problems(c)
