@@ -115,7 +115,8 @@ def validate(config: ConfigDict) -> None:
           f"eval.patience={c.eval.patience}: needs text to evaluate on, and eval.every_steps above 0")
     of_tokens, of_examples = ("next_token", "seq2seq", "distillation"), (*PREFERENCE, "classification")
     untold = {"accuracy": of_tokens, "perplexity": of_examples, "bits_per_byte": of_examples}  # by objectives
-    check(c.objective.name not in untold.get(c.eval.metric, ()), f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
+    check(c.objective.name not in untold.get(c.eval.metric, ()),
+          f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += import_parts(c.imports) + example_problems(c)

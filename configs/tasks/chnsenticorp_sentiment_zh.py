@@ -4,8 +4,9 @@
     jaxlm eval --workdir=runs/chnsenticorp
 
 89.8 % of the rows held out (number % 10 == 9), AUC-ROC 0.949 (mean of seeds 0, 1, 2: 89.4, 90.3, 89.6), in about 100 s on a
-busy core; TF-IDF with logistic regression has 90.1 %. Those rows are the test: nothing is to be chosen by them, and training evaluates
-on them once, after its last step. What to change is for cross-validation on the other rows to say (docs/classification.md):
+busy core; TF-IDF with logistic regression has 90.1 %. Those rows are the test: nothing is to be chosen by them, and training
+evaluates on them once, after its last step. What to change is for cross-validation on the other rows to say
+(docs/classification.md):
 
     jaxlm eval --config=configs/tasks/chnsenticorp_sentiment_zh.py --crossval=5 --workdir=runs/chnsenticorp-folds
 """
