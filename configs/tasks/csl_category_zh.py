@@ -3,7 +3,8 @@
     jaxlm train --config=configs/tasks/csl_category_zh.py --workdir=runs/csl-category
     jaxlm eval --workdir=runs/csl-category --split=test
 
-Not yet tuned.
+75.8 % of the 1,000 test titles (mean of seeds 0, 1, 2: 75.1, 76.0, 76.3), AUC-ROC 0.923, in about 40 s on a busy core. TF-IDF of
+characters, 1-2-grams, with logistic regression has 78.6 %: lost. What was tried, by the dev split: docs/classification.md.
 """
 
 from configs import default
