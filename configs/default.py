@@ -71,6 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.qk_norm_over = "head"  # each head by itself, or "all" heads together (OLMo 2)
     c.model.window = 0  # sliding-window length in tokens; 0: none
     c.model.window_pattern = "G"  # repeated over layers: L local (window), G global. "LLLLLG" is Gemma 3
+    c.model.prefix_attention = False  # of data.form=pair: a prompt's tokens see one another (prefix LM, arXiv:1910.10683)
     c.model.attention_softcap = 0.0  # cap*tanh(scores/cap); 0: none
     c.model.attention_scale_dim = 0  # scores are multiplied by 1/sqrt of this; 0: head_dim
     c.model.attention_sinks = False  # a learned logit for each head joins the softmax and brings no value (GPT-OSS)
@@ -142,7 +143,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.teacher_weight = 0.5  # share of the teacher in the loss; the rest is the cross-entropy of the text
     c.objective.temperature = 1.0  # softens both distributions before they are compared
     c.objective.kl = "forward"  # forward: KL(teacher || student); reverse: KL(student || teacher)
-    c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1
+    c.objective.class_weights = ()  # of classification: what an example of each class counts; (): all 1;
+    # ("balanced",): n / (classes * count), counted of the training examples
 
     c.data = ConfigDict()
     c.data.source = "files"  # files, synthetic
@@ -269,6 +271,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # {"name": "gsm8k_5", "shots": 5, "shots_path": "train.jsonl"})); relative to data.root
     c.eval.lm_eval = ()  # tasks of lm-eval: ("lambada_openai", "my_task"); needs the extra lm-eval
     c.eval.lm_eval_path = ""  # a folder with task files of one's own for it
+    c.eval.lm_eval_chat = False  # ask them through the tokenizer's chat template (lm-eval's --apply_chat_template)
     c.eval.task_limit = 0  # questions of each task, the first; 0: all
 
     c.observe = ConfigDict()

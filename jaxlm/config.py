@@ -22,7 +22,8 @@ from jaxlm.registry import did_you_mean
 # same experiment.
 NOT_IDENTITY = ("observe", "checkpoint", "data.store_dir", "data.root", "data.prefetch", "data.workers", "prepare", "mesh",
                 "grad_accum_steps", "model.remat", "model.scan_layers", "model.scan_unroll", "kernels.compiler_options",
-                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.task_limit")
+                "kernels.fused_projections", "eval.tasks", "eval.lm_eval", "eval.lm_eval_path", "eval.lm_eval_chat",
+                "eval.task_limit")
 
 
 def load(spec: str, overrides: list[str] = ()) -> ConfigDict:
@@ -162,6 +163,22 @@ def parse_value(text: str, kind: type):
 
 def _refuse(text):
     raise ValueError(text)
+
+
+BALANCED = ("balanced",)  # as objective.class_weights: `settle_class_weights` puts numbers in its place
+
+
+def settle_class_weights(config: ConfigDict, counts) -> None:
+    """In place, objective.class_weights of ("balanced",) by the training examples of each class (`loader.Data`): n / (k count),
+    as scikit-learn's class_weight="balanced". A run's stored config has the numbers. Raises UserError: a class without examples.
+    """
+    if config.objective.class_weights != BALANCED:
+        return
+    for name, count in zip(config.data.classes, counts, strict=True):
+        if not count:
+            raise UserError(f"objective.class_weights={BALANCED}: class {name!r} has no training examples; give numbers, or "
+                            "leave the class out")
+    config.objective.class_weights = tuple(sum(counts) / (len(counts) * count) for count in counts)
 
 
 def resolve(config: ConfigDict) -> None:

@@ -4,7 +4,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from jaxlm.config import flatten, import_parts, layer_period, nearest_multiple, rotated_size, steps_of
+from jaxlm.config import BALANCED, flatten, import_parts, layer_period, nearest_multiple, rotated_size, steps_of
 from jaxlm.errors import UserError
 from jaxlm.registry import did_you_mean
 from jaxlm.stages import stages_of
@@ -88,6 +88,11 @@ def validate(config: ConfigDict) -> None:
             check(not m[key], f"model.{key}={m[key]}: model.family=encoder_decoder has none; remove it")
         for key, wanted in (("window_pattern", "G"), ("norm_place", "pre"), ("block", "serial"), ("ngram_max", 1)):
             check(m[key] == wanted, f"model.{key}={m[key]!r}: model.family=encoder_decoder needs {wanted!r}")
+    if m.prefix_attention:
+        for key, wanted in (("model.family", "decoder"), ("data.form", "pair"), ("objective.name", "next_token"),
+                            ("model.attention", "multihead"), ("model.window_pattern", "G")):
+            check(flat[key] == wanted, f"model.prefix_attention=True: needs {key}={wanted}, not {flat[key]}")
+        check(m.position != "relative", "model.prefix_attention=True: model.position=relative counts no later tokens; use rope")
     check(m.position != "relative" or m.relative_max_distance > m.relative_buckets // 2 > 1,
           f"model.relative_max_distance={m.relative_max_distance}: must be above half of model.relative_buckets="
           f"{m.relative_buckets}, which must be at least 4")
@@ -109,8 +114,10 @@ def validate(config: ConfigDict) -> None:
     check(c.eval.patience >= 0, f"eval.patience={c.eval.patience}: must not be negative; 0 is off")
     check(not c.eval.patience or c.data.source != "synthetic" and c.eval.every_steps not in (0, "0%"),
           f"eval.patience={c.eval.patience}: needs text to evaluate on, and eval.every_steps above 0")
-    check(c.eval.metric != "accuracy" or c.objective.name not in ("next_token", "seq2seq"),
-          f"eval.metric='accuracy': objective.name={c.objective.name} tells none; use loss")
+    of_tokens, of_examples = ("next_token", "seq2seq", "distillation"), (*PREFERENCE, "classification")
+    untold = {"accuracy": of_tokens, "perplexity": of_examples, "bits_per_byte": of_examples}  # by objectives
+    check(c.objective.name not in untold.get(c.eval.metric, ()),
+          f"eval.metric={c.eval.metric!r}: objective.name={c.objective.name} tells none; use loss")
     check(not c.data.jitter or c.data.packing == "concat",
           f"data.jitter=True: data.packing={c.data.packing} has no grid to move; use data.packing=concat or jitter=False")
     problems += import_parts(c.imports) + example_problems(c)
@@ -205,8 +212,10 @@ def example_problems(c: ConfigDict) -> list[str]:
     check(o.name != "dpo" or o.label_smoothing < 0.5, f"objective.label_smoothing={o.label_smoothing}: of dpo must be below 0.5")
     check(o.name == "classification" or not o.class_weights,
           "objective.class_weights: is of objective.name=classification; remove it")
-    check(not o.class_weights or len(o.class_weights) == m.num_classes and min(o.class_weights) >= 0,
-          f"objective.class_weights={o.class_weights}: give one number, not negative, for each of {m.num_classes} classes")
+    check(o.class_weights in ((), BALANCED) or len(o.class_weights) == m.num_classes and all(
+        isinstance(weight, int | float) and weight >= 0 for weight in o.class_weights),
+          f"objective.class_weights={o.class_weights}: give one number, not negative, for each of {m.num_classes} classes, or "
+          f"{BALANCED}")
     return problems
 
 

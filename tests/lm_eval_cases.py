@@ -14,6 +14,8 @@ from hf_models import CONFIGS, write_folder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "lm_eval.json"
 MODELS = {"gpt2": None, "llama2": "<s>"}  # the token that its texts begin with
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ 'question: ' if m.role == 'user' else 'answer: ' }}{{ m.content | trim }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}{{ '\\n' }}{% endfor %}{{ 'answer:' if add_generation_prompt else '' }}")
 SPECIAL = ["<|endoftext|>", "<s>", "</s>"]  # ids 0, 1, 2
 STORY = ("question: which animal can fly over the river? answer: the bird flies over the river, and the cat sleeps under the "
          "café. the old man went to the river; he saw 12 birds and 30 cats there. #### 42 a dog likes to run in the green "
@@ -104,15 +106,16 @@ def write_model(name: str, tokenizer: str) -> str:
     pathlib.Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
     end = "</s>" if first else SPECIAL[0]
     pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": first or end, "eos_token": end}))
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": first or end, "eos_token": end, "chat_template": CHAT}))
     return folder
 
 
 @functools.cache
-def golden(name: str) -> tuple[str, dict]:
-    """-> (folder of the model, {task: {"results": lm-eval's, "samples": [[arguments, answer], ...]}})."""
+def golden(name: str, chat: bool = False) -> tuple[str, dict]:
+    """-> (folder of the model, {task: {"results": lm-eval's, "samples": [[arguments, answer], ...]}}). chat: asked through the
+    chat template."""
     stored = json.loads(GOLDEN.read_text())
-    return write_model(name, stored["tokenizer"]), stored["answers"][name]
+    return write_model(name, stored["tokenizer"]), stored["chat_answers" if chat else "answers"][name]
 
 
 def train_tokenizer() -> str:
@@ -125,8 +128,8 @@ def train_tokenizer() -> str:
     return tokenizer.to_str()
 
 
-def by_lm_eval(folder: str) -> dict:
-    """All tasks, asked of transformers' model by lm-eval itself."""
+def by_lm_eval(folder: str, chat: bool = False) -> dict:
+    """All tasks, asked of transformers' model by lm-eval itself; chat: through the chat template."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -135,7 +138,8 @@ def by_lm_eval(folder: str) -> dict:
     with tempfile.TemporaryDirectory() as tasks:
         write_tasks(tasks)
         found = simple_evaluate(model=HFLM(pretrained=folder, device="cpu", batch_size=4, dtype="float32"), tasks=list(RECORDS),
-                                task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=100)
+                                task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=100,
+                                apply_chat_template=chat, fewshot_as_multiturn=chat)
     answers = {}
     for name in RECORDS:
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
@@ -148,5 +152,6 @@ def by_lm_eval(folder: str) -> dict:
 
 if __name__ == "__main__":
     tokenizer = train_tokenizer()
-    GOLDEN.write_text(json.dumps({"tokenizer": tokenizer, "answers": {
-        name: by_lm_eval(write_model(name, tokenizer)) for name in MODELS}}, indent=1, ensure_ascii=False) + "\n")
+    answers = {key: {name: by_lm_eval(write_model(name, tokenizer), chat) for name in MODELS}
+               for key, chat in (("answers", False), ("chat_answers", True))}
+    GOLDEN.write_text(json.dumps({"tokenizer": tokenizer, **answers}, indent=1, ensure_ascii=False) + "\n")

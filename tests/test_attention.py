@@ -22,13 +22,13 @@ BACKENDS.register("splash interpreted")(Backend(lambda request: splash_supports(
                                                 of_whole_sequences(partial(splash, interpret=True))))
 
 
-def exact(q, k, v, window, softcap, segment_ids):
+def exact(q, k, v, window, softcap, segment_ids, prefix=None):
     """One query at a time, float64."""
     B, T, N, H = q.shape
     out = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
         kv = n // (N // k.shape[2])
-        seen = [s for s in range(t + 1) if (not window or t - s < window)
+        seen = [s for s in range(T) if (s <= t and (not window or t - s < window) or prefix is not None and prefix[b, s])
                 and (segment_ids is None or segment_ids[b, s] == segment_ids[b, t])]
         scores = k[b, seen, kv] @ q[b, t, n] / np.sqrt(H)
         scores = softcap * np.tanh(scores / softcap) if softcap else scores
@@ -72,6 +72,29 @@ def test_backends_equal_float64(masks, T, N, K, tile, monkeypatch):
              for sign in (1, -1)]
     along = np.vdot((steps[0] - steps[1]) / 2e-5, weights)
     np.testing.assert_allclose(sum(np.vdot(g, d) for g, d in zip(gradients["plain"], nudge, strict=True)), along, rtol=1e-3)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("T, N, K", [(40, 2, 2), (150, 4, 2)])
+def test_a_prefix_is_seen_by_all_of_its_text(T, N, K, segments):
+    rng = np.random.default_rng(T)
+    q, k, v = (rng.standard_normal((2, T, heads, 8)) for heads in (N, K, K))
+    segment_ids = np.sort(rng.integers(0, 3, (2, T)), axis=1) if segments else None
+    prefix = rng.random((2, T)) < 0.4
+    reference = exact(q, k, v, 0, 0.0, segment_ids, prefix)
+    inputs = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+
+    def loss(q, k, v, name):
+        out = attend(q, k, v, backend=name, segment_ids_BT=segment_ids, extras=attention.Extras(prefix_BS=jnp.asarray(prefix)))
+        return jnp.vdot(out, jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+    found = [jax.jit(jax.grad(partial(loss, name=name), (0, 1, 2), has_aux=True))(*inputs) for name in ("plain", "blockwise")]
+    for gradients, out in found:
+        np.testing.assert_allclose(out, reference, atol=2e-5)
+        for got, want in zip(gradients, found[0][0], strict=True):
+            np.testing.assert_allclose(got, want, atol=5e-5)
+    request = Request("tpu", "bfloat16", 128, False, segments, 4096, prefix=True)
+    assert [bool(BACKENDS[name].supports(request)) for name in ("plain", "blockwise", "splash")] == [False, True, True]
 
 
 def long_from(monkeypatch, tile):

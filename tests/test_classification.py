@@ -12,7 +12,7 @@ from classified import CLASSES, classified, write_rows
 from flax import nnx
 
 from jaxlm.cli import main
-from jaxlm.config import load
+from jaxlm.config import BALANCED, load
 from jaxlm.errors import UserError
 from jaxlm.evaluate.classification import class_probabilities, evaluate_classes, scores, table
 from jaxlm.models.block import hide
@@ -89,6 +89,7 @@ def test_early_stopping_keeps_the_best_and_the_same_command_changes_nothing(run)
     folder, config, summary = run
     lines = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
     accuracies = {x["step"]: x["accuracy"] for x in lines if x["split"] == "valid/all"}
+    assert not any("perplexity" in x for x in lines)  # the loss is of a whole text
     best = max(accuracies, key=accuracies.get)  # the first
     assert summary["status"] == "completed" and summary["stopped_early"] and summary["steps"] == best + 3 * 2 < 60
     assert summary["best"] == {"step": best, "accuracy": accuracies[best]} and accuracies[best] > 0.9
@@ -139,7 +140,25 @@ def test_patience_knows_what_came_before(tmp_path):
         Patience("accuracy", 2, str(tmp_path / "none"), 0).saw(line(1, 1.0))
 
 
+def test_balanced_weights_are_counted_from_the_training_rows_alone(tmp_path):
+    """Six of "a" and two of "b" among the rows to train on; the held-out ones are all "b"."""
+    rows = "".join(f"{name}x\t{name}\n" for name in "aabaaaba")
+    (tmp_path / "train.tsv").write_text(rows)
+    (tmp_path / "valid.tsv").write_text("bx\tb\n" * 4)
+    config = classified(tmp_path, objective__class_weights=BALANCED, steps=1)
+    train(config, str(tmp_path / "run"))
+    y = np.array([0] * 6 + [1] * 2)
+    wanted = tuple(len(y) / (2 * np.bincount(y)))  # sklearn.utils.class_weight.compute_class_weight("balanced", ...)
+    assert config.objective.class_weights == wanted == (8 / 12, 2.0)
+    assert open_run(str(tmp_path / "run")).config.objective.class_weights == wanted
+    (tmp_path / "train.tsv").write_text("ax\ta\n" * 8)
+    with pytest.raises(UserError, match="class 'b' has no training examples"):
+        train(classified(tmp_path, objective__class_weights=BALANCED), str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("key, value, problem", [
+    ("objective.class_weights", ("even", 1.0), "give one number, not negative"),
+    ("eval.metric", "perplexity", "objective.name=classification tells none; use loss"),
     ("eval.patience", -1, "must not be negative"),
     ("eval.every_steps", 0, "eval.every_steps above 0"),
     ("eval.metric", "accurasy", "accuracy"),

@@ -229,6 +229,36 @@ def test_preferences_stay_side_by_side(config):
             assert texts[segment].replace("yes", "no") == texts[segment + 1]
 
 
+def test_a_preference_that_is_too_long_loses_the_beginning_of_its_prompt_then_the_end_of_an_answer(config):
+    """Half of a row of 40 has room for 21 tokens (20 targets): all of it, or 10 of a prompt and 11 of an answer."""
+    config.seq_len, config.data.form, config.data.tokenizer, config.data.valid_fraction = 40, "preference", "byte", 0.2
+    config.data.packing = "one"
+    resolve(config)
+    q = "0123456789abcdefghij"
+    cases = [("q", "yes", "no"), (q, "yes", "no"), (q, "y" * 30, "n"), ("q", "y" * 30, "n" * 40), ("q", "a", "b")]
+    write(config, "a.jsonl", "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), case, strict=True))) + "\n"
+                                     for case in cases))
+    stores, tokenizer = open_store(config)
+    rows = build_rows(config, stores["train"], "train", tokenizer)
+    store, starts = stores["train"], [*stores["train"].document_starts.tolist(), stores["train"].num_tokens]
+    assert len(rows) == 4
+    lost = np.zeros(2, int)
+    for example in range(4):
+        whole = [(store.tokens(*starts[i : i + 2]), store.marks(*starts[i : i + 2])) for i in (2 * example, 2 * example + 1)]
+        given = [int(np.argmax(marks)) for _, marks in whole]
+        longest = max(len(ids) - n for (ids, _), n in zip(whole, given, strict=True))
+        keep = max(21 - longest, 10)  # of the prompt
+        batch = rows.take([example])
+        for segment, ((ids, marks), n) in enumerate(zip(whole, given, strict=True), 1):
+            prompt, answer = ids[max(0, n - keep) : n], ids[n:][: 21 - min(n, keep)]
+            at = batch["segment_ids"][0] == segment
+            np.testing.assert_array_equal(batch["tokens"][0][at], np.concatenate([prompt, answer])[:-1])
+            np.testing.assert_array_equal(batch["targets"][0][at][batch["loss_mask"][0][at] > 0],
+                                          answer[marks[n:][: len(answer)] > 0])
+        lost += [min(given) > keep, any(len(ids) - n > 21 - min(n, keep) for (ids, _), n in zip(whole, given, strict=True))]
+    assert f"{lost[0]} lost the beginning of the prompt, {lost[1]} the end of an answer" in rows.about()[0] and lost.min() > 0
+
+
 def test_every_nth_is_held_out_and_folds_have_each_class_evenly(config):
     records = pairs(config, count=57, data__form="label", data__classes=("x", "y"), data__valid_every=10,
                     data__prompt="{prompt}")

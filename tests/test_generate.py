@@ -47,6 +47,8 @@ def uncached(model, params, prompt, num_tokens, seq_len, source=None):
     @jax.jit
     def logits(tokens_1T, length):
         module, options = nnx.merge(model.graph, params), {}
+        if module.prefix_attention:
+            options["prefix_BS"] = jnp.arange(seq_len)[None] < len(prompt)
         if source is not None:
             options["memory"] = module.encode(jnp.asarray([source]), segment_ids_BS=jnp.ones((1, len(source)), jnp.int32))
         return module.logits(module.hidden(tokens_1T, **options)[0][:, length - 1][:, None])[0, 0]
@@ -91,6 +93,17 @@ def test_an_encoder_decoder_writes_about_its_source():
     assert got[0] != got[1]
     best = BeamSearch(Generator(model, 60, 96), 1).search(params, requests)
     assert [hypotheses[0].ids for hypotheses in best] == [got[0], got[1]]
+
+
+def test_a_prefix_is_read_at_once_both_ways():
+    model, params = model_of(model__prefix_attention=True)
+    requests = [Request(prompt, 12, GREEDY) for prompt in PROMPTS[1:3]]
+    got = written(Generator(model, 60, 96), params, requests)
+    assert [got[i] for i in (0, 1)] == [uncached(model, params, prompt, 12, 96) for prompt in PROMPTS[1:3]]
+    best = BeamSearch(Generator(model, 60, 96), 1).search(params, requests)
+    assert [hypotheses[0].ids for hypotheses in best] == [got[0], got[1]]
+    causal, _ = model_of()
+    assert written(Generator(causal, 60, 96), params, requests) != got
 
 
 def test_what_a_text_gets_does_not_depend_on_the_others():

@@ -12,6 +12,7 @@ import pytest
 from lm_eval_cases import MODELS, RECORDS, by_lm_eval, golden, write_model, write_tasks
 from test_scoring import opened
 
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.errors import UserError
 
 WITHIN = 1e-6  # relative, of log-likelihoods in float32
@@ -29,27 +30,43 @@ def harness():
         yield harness
 
 
+@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_lm_eval_measures_the_same_as_with_transformers(harness, name, tmp_path):
+def test_lm_eval_measures_the_same_as_with_transformers(harness, name, chat, tmp_path):
     write_tasks(tmp_path)
-    tasks = harness.Harness(list(RECORDS), str(tmp_path), 0)
+    tasks = harness.Harness(list(RECORDS), str(tmp_path), 0, chat)
     evaluator, params = opened(name)
-    for _ in range(2):  # as at each evaluation of a run
+    for _ in range(1 if chat else 2):  # as at each evaluation of a run
         results = tasks.run(evaluator, params)
-    for task, of in golden(name)[1].items():
+    for task, of in golden(name, chat)[1].items():
         for key, value in of["results"].items():
             if key != "perplexity_stderr,none":  # of another number of resamples
                 assert results[task][harness.measure(key)] == pytest.approx(value, rel=3e-6), (task, key)
         assert results[task]["n"] == len(RECORDS[task])
     assert [results[task]["cut"] for task in RECORDS] == [2, 1, 0, 0]
-    assert harness.Harness(["tiny_word"], str(tmp_path), 2).run(evaluator, params)["tiny_word"]["n"] == 2
+    if not chat:
+        assert harness.Harness(["tiny_word"], str(tmp_path), 2).run(evaluator, params)["tiny_word"]["n"] == 2
 
 
+@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_answer_of_the_adapter_is_that_of_transformers(harness, name):
+def test_each_answer_of_the_adapter_is_that_of_transformers(harness, name, chat):
     evaluator, params = opened(name)
     model = harness.JaxLM(evaluator, params)
-    compare(model, golden(name)[1])
+    compare(model, golden(name, chat)[1])
+
+
+def test_the_chat_template_writes_a_question_and_an_answer_that_is_begun(harness):
+    model = harness.JaxLM(*opened("llama2"))
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who? "}]
+    assert model.apply_chat_template(turns) == "<s>answer: be brief\nquestion: who?\nanswer:"
+    begun = [*turns[1:], {"role": "assistant", "content": "the "}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == "<s>question: who?\nanswer: the"
+    model.template = ChatTemplate("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                                  "{{ m.content }}{% endfor %}", {})
+    assert model.apply_chat_template(turns) == "who? "
+    with pytest.raises(UserError, match="at least one message"):
+        model.apply_chat_template([{"role": "system", "content": "x"}])
 
 
 def compare(model, answers: dict) -> float:

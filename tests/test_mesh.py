@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from configs import default
 from jaxlm.config import resolve
 from jaxlm.errors import UserError
-from jaxlm.kernels.attention import attend
+from jaxlm.kernels.attention import Extras, attend
 from jaxlm.objectives.build import build_objective
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.optimizers.schedules import build_schedule
@@ -145,6 +145,16 @@ def test_context_parallel_attention_equals_plain(method, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize("backend", ["plain", "blockwise"])
+def test_a_prefix_is_the_same_on_a_mesh(backend):
+    mesh, rng = build_mesh(tiny(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)), np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((4, 32, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    segments, prefix = np.sort(rng.integers(0, 3, (4, 32)), axis=1).astype(np.int32), rng.random((4, 32)) < 0.4
+    run = lambda *args: attend(*args[:3], backend=backend, segment_ids_BT=args[3], extras=Extras(prefix_BS=args[4]))
+    arrays = (q, k, v, segments, prefix)
+    np.testing.assert_allclose(jit(mesh, run)(*jax.device_put(arrays, replicated(mesh))), jax.jit(run)(*arrays), atol=1e-5)
+
+
 def test_all_that_does_not_fit_is_said_at_once_with_values_that_do():
     def problems(**changes):
         with pytest.raises(UserError) as error:
@@ -161,6 +171,7 @@ def test_all_that_does_not_fit_is_said_at_once_with_values_that_do():
     assert "cannot be cut into 2 to 4 micro-batches" in problems(mesh__stage=2, mesh__data=4, batch_size=4)[0]
     assert "mesh.dcn_data=3: must divide mesh.data=8; use 2 or 4" in problems(mesh__data=8, mesh__dcn_data=3)
     assert "form 1 groups" in problems(mesh__data=8, mesh__dcn_data=2)[0]
+    assert "prefix_attention=True: cannot be cut up" in problems(mesh__data=4, mesh__context=2, model__prefix_attention=True)[0]
 
 
 def test_rules_refuse_unknown_and_colliding_axes():

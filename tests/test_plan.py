@@ -11,12 +11,15 @@ import sys
 
 import jax
 import pytest
+from hf_models import golden
 from plan_cases import CASES, PUBLISHED
 
 from jaxlm import cli
 from jaxlm.config import load
 from jaxlm.errors import UserError
+from jaxlm.huggingface.load import open_source
 from jaxlm.models.remat import POLICIES
+from jaxlm.observe.throughput import flops_per_token
 from jaxlm.plan import report
 from jaxlm.plan.compiled import Compiled, OutOfMemory, compile_step
 from jaxlm.plan.devices import find
@@ -27,6 +30,7 @@ from jaxlm.plan.hlo import Program as Hlo
 from jaxlm.plan.plan import FACTS, Plan, as_json, plan, time_of, what_would_fit
 from jaxlm.plan.roofline import EXPOSED, roofline
 from jaxlm.plan.search import REMATS, best_mesh, everything, search
+from jaxlm.train.record import cost_of
 from jaxlm.train.step import build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans.json"
@@ -92,6 +96,26 @@ def test_flops_are_those_of_the_traced_step(name, remat):
         config = config_of(name, *options)
     counted = flops(build_program(config, config.model.vocab_size, jax.devices()[:1]).jaxpr())
     assert work(config, sizes_of(config, config.model.vocab_size), whole_squares=True)[0] == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name, more", [("dpo", []), ("dpo", ["model.lora_rank=4"]), ("distillation", [])])
+def test_a_frozen_model_is_counted_with_its_forward_pass_and_its_parameters(name, more):
+    options = ["data.source=synthetic", "batch_size=4", "seq_len=128", "model.num_layers=2", "kernels.attention=plain",
+               f"objective.name={name}", *more]
+    if name == "distillation":
+        options += [f"objective.teacher={golden('llama2')[0]}", "data.tokenizer=byte"]
+    config = load("configs/default.py", [f"--config.{o}" for o in options])
+    vocab_size = open_source(config.objective.teacher).config.model.vocab_size if config.objective.teacher else 300
+    sizes, program = sizes_of(config, vocab_size), build_program(config, vocab_size, jax.devices()[:1])
+    near = 0.03 if more else 0.02  # below its first adapter a frozen base needs no gradient, which counts
+    assert work(config, sizes, whole_squares=True)[0] == pytest.approx(flops(program.jaxpr()), rel=near)
+    memory = estimate(config, sizes, axes(), None).memory
+    own = program.frozen_inputs[0]
+    assert memory["frozen model"] == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(own))
+    if name == "dpo" and not more:  # the same shape: a forward pass is a third of a step
+        alone = flops_per_token(config, program.model.num_matmul_parameters)
+        assert cost_of(config, program)[:2] == tuple(of * 4 / 3 for of in alone)
+        assert estimate(config, sizes, axes(fsdp=2), None).memory["frozen model"] < memory["frozen model"]
 
 
 def test_parameters_and_optimizer_are_counted_as_they_lie(llama):

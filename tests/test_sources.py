@@ -5,6 +5,7 @@ import json
 import pytest
 from data_cases import jsonl, write
 
+from jaxlm.data.loader import build_data
 from jaxlm.data.sources import find_files, read_records
 from jaxlm.errors import UserError
 
@@ -25,6 +26,17 @@ def test_what_is_missing_is_named(config, tmp_path, path, message):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=message):
         find_files(config, path, "data.path")
+
+
+def test_all_that_is_missing_is_named_at_once(config):
+    config.data.path, config.data.valid_path, config.data.test_path = "a.txt,b.txt", "c.txt", "d.txt"
+    mixture = (("one", "a.txt,b.txt", 1), ("two", "c.txt", 1))
+    for keys in ({}, {"mixture": mixture, "valid_path": "", "test_path": ""}):
+        config.data.update(keys)
+        with pytest.raises(UserError) as error:
+            build_data(config)
+        assert [problem.rpartition("/")[2][:5] for problem in error.value.problems] == list(("a.txt", "b.txt", "c.txt", "d.txt"))[
+            : 3 if keys else 4]
 
 
 def test_remote_files_are_read_through_fsspec(config):

@@ -75,7 +75,7 @@ def test_cached_decoding_equals_full_pass(options):
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
 
 
-def attention_reach(config, segment_ids=None):
+def attention_reach(config, segment_ids=None, loss_mask=None):
     """(T, T) sums of |d hidden[t] / d embedding-row of token s|, by gradients and not by reading the masks."""
     model = build_model(config, 32, "plain")
     params = jax.jit(model.init)(jax.random.key(0))
@@ -85,7 +85,8 @@ def attention_reach(config, segment_ids=None):
     @jax.jacrev
     def reach(table):
         module = nnx.merge(model.graph, {**params, "embedding": table})
-        return jnp.sum(module.hidden(tokens, segment_ids_BT=segment_ids)[0][0], axis=-1)
+        given = None if loss_mask is None else module.given({"loss_mask": loss_mask, "positions": POSITIONS})
+        return jnp.sum(module.hidden(tokens, segment_ids_BT=segment_ids, prefix_BS=given)[0][0], axis=-1)
 
     return np.abs(np.asarray(reach(params["embedding"]))).sum(-1)[:, :12]
 
@@ -111,6 +112,20 @@ def test_packed_documents_are_isolated_by_gradients():
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
     matrix = attention_reach(config, segments)
     assert (matrix[5:, :5] == 0).all() and (matrix[5:, 5:][np.tril_indices(7)] > 0).all()
+
+
+POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]], np.int32)
+
+
+def test_a_prompt_sees_all_of_itself_and_nothing_of_its_answer_by_gradients():
+    """Two documents of 3 + 2 and 4 + 3 tokens; of each the last of the prompt tells the first of the answer."""
+    config = tiny(norm="none", prefix_attention=True)
+    config.data.isolate_documents = True
+    loss_mask = np.array([[0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]], np.float32)
+    reach = attention_reach(config, np.array([[1] * 5 + [2] * 7], np.int32), loss_mask) > 0
+    t, s = np.indices((12, 12))
+    same, prompt = (t < 5) == (s < 5), (s < 3) | (s >= 5) & (s < 9)
+    assert (reach == (same & ((s <= t) | prompt))).all()
 
 
 def test_packed_documents_with_ngrams_equal_the_documents_alone():

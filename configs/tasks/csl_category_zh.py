@@ -3,7 +3,8 @@
     jaxlm train --config=configs/tasks/csl_category_zh.py --workdir=runs/csl-category
     jaxlm eval --workdir=runs/csl-category --split=test
 
-Not yet tuned.
+75.8 % of the 1,000 test titles (mean of seeds 0, 1, 2: 75.1, 76.0, 76.3), AUC-ROC 0.923, in about 40 s on a busy core. TF-IDF of
+characters, 1-2-grams, with logistic regression has 78.6 %: lost. What was tried, by the dev split: docs/classification.md.
 """
 
 from configs import default
@@ -18,11 +19,13 @@ def get_config(arg: str = ""):
     c.data.test_path, c.data.root = "csl-zh/category-test.tsv", "../shared/data"
     c.data.form, c.data.header, c.data.text_field, c.data.label_field = "label", False, "1", "2"
     c.data.classes = CLASSES
-    c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 8192
-    c.objective.name = "classification"
+    c.data.tokenizer = "char"
+    c.objective.name, c.objective.label_smoothing = "classification", 0.1
     c.model.family, c.model.pooling = "encoder", "mean"
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 64, 2
+    c.model.norm = "none"
+    c.model.ngram_max, c.model.ngram_buckets = 2, 65536  # pairs of characters: most Chinese words are two
     c.model.dropout, c.model.token_dropout = 0.3, 0.3
-    c.optimizer.learning_rate, c.optimizer.ema_decay = 1e-2, 0.97
+    c.optimizer.learning_rate, c.optimizer.ema_decay = 2e-2, 0.95
     c.eval.every_steps = 50
     return c

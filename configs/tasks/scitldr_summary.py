@@ -6,7 +6,7 @@ ROUGE 18.8 / 5.7 / 17.2 on test. That is below what needs no model: the first se
     jaxlm eval --workdir=runs/scitldr --split=test
 
 Data: `data.root`/scitldr/{train,dev,test}.jsonl.gz; "target" is a list, whose best counts. With `:decoder` a decoder alone, which
-goes on from the abstract.
+goes on from the abstract; with `:prefix` one that reads it both ways first.
 """
 
 from configs import default
@@ -19,8 +19,8 @@ def get_config(arg: str = ""):
     c.data.form, c.data.prompt, c.data.target = "pair", "{source}", "{target}"
     c.data.tokenizer, c.data.bpe_vocab_size = "bpe", 4096
     c.steps, c.batch_size = 150, 16
-    if arg == "decoder":
-        c.seq_len, c.objective.name = 384, "next_token"
+    if arg in ("decoder", "prefix"):
+        c.seq_len, c.objective.name, c.model.prefix_attention = 384, "next_token", arg == "prefix"
         c.data.prompt = "{source}\nTL;DR: "
     else:
         c.seq_len, c.data.source_len = 64, 320

@@ -50,7 +50,7 @@ class Example:
     """What the others share. An item is a list of `group` documents, each a list of (text or id, to be told)."""
 
     group, marks, starts = 1, True, True  # starts: with the ids that every text of the tokenizer begins with
-    cut_prompt = True  # of an example that is too long, the prompt loses its end; else the whole does
+    cut = "prompt_end"  # what an example that is too long loses: "prompt_end", "prompt_start" (`packing.fit_answers`), "end"
 
     def __init__(self, settings, tokenizer):
         self.settings, self.tokenizer = settings, tokenizer
@@ -145,7 +145,7 @@ class Label(Example):
 class Chat(Example):
     """The assistant's messages are to be told, each with the token that ends it; the chat template makes the text."""
 
-    starts, cut_prompt = False, False
+    starts, cut = False, "end"
 
     def documents(self, record):
         messages, tools = conversation(record)
@@ -193,7 +193,7 @@ class Preference(Chat):
     """Two documents: the conversation with the answer that was chosen, and with the one that was rejected. The last answer alone
     is to be told."""
 
-    group = 2
+    group, cut = 2, "prompt_start"
 
     def documents(self, record):
         out = []

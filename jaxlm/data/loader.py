@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.config import BALANCED
 from jaxlm.data.mixture import MixedRows, build_stages, gathered, open_sources
 from jaxlm.data.packing import SyntheticRows, build_rows
 from jaxlm.data.tokenizers import ByteTokenizer, build_tokenizer
@@ -29,6 +30,7 @@ class Data(NamedTuple):
     fingerprint: str | None  # of the text and what makes tokens of it
     about: tuple[str, ...] = ()  # lines for the start of the log
     test: Any = None  # HeldOut, where there is data.test_path
+    class_counts: tuple[int, ...] = ()  # training examples of each class, where objective.class_weights asks for them
 
 
 def build_data(config, text: bool = True) -> Data:
@@ -59,12 +61,13 @@ def build_data(config, text: bool = True) -> Data:
     about = tuple(f"{name}: {line}" if name else line for name, of in train.items() for line in of.about())
     folders = [of["train"].folder.name for of in stores.values()]
     held_out = [HeldOut(config, of) if of else None for of in (valid, test)]
+    counts = class_counts(config, train.values()) if config.objective.class_weights == BALANCED else ()
     if not config.data.mixture:
         return Data(Batches(config, train[""], config.batch_size), held_out[0], tokenizer, vocab_size, folders[0], about,
-                    held_out[1])
+                    held_out[1], counts)
     batches = MixedBatches(config, stores, train)
     return Data(batches, held_out[0], tokenizer, vocab_size, hashlib.sha256(" ".join(folders).encode()).hexdigest()[:24],
-                (*about, *batches.about()), held_out[1])
+                (*about, *batches.about()), held_out[1], counts)
 
 
 def rows_of(config, stores, split: str, tokenizer):
@@ -89,6 +92,12 @@ def deal(store, folds: int) -> np.ndarray:
 def last_tokens(store) -> np.ndarray:
     """What each document ends with; of labelled text, its class."""
     return np.array([store.tokens(end - 1, end)[0] for end in (*store.document_starts[1:].tolist(), store.num_tokens)])
+
+
+def class_counts(config, train) -> tuple[int, ...]:
+    """Examples of each class. train: `ExampleRows` of each source."""
+    labels = np.concatenate([last_tokens(rows.store)[rows.examples] for rows in train])
+    return tuple(np.bincount(labels, minlength=len(config.data.classes)).tolist())
 
 
 def row_problems(config, stores, name: str) -> list[str]:

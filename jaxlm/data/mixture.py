@@ -18,7 +18,7 @@ import numpy as np
 from jaxlm.config import View
 from jaxlm.data.examples import build_form
 from jaxlm.data.packing import whole
-from jaxlm.data.sources import Skipped, find_files, reading, told, whole_files
+from jaxlm.data.sources import Skipped, find_all, reading, told, whole_files
 from jaxlm.data.store import content_of, open_store, store_root
 from jaxlm.data.token_files import is_token_file
 from jaxlm.data.tokenizers import build_tokenizer, learns
@@ -185,18 +185,18 @@ def open_sources(config):
         stores, tokenizer = open_store(config)
         return {"": stores}, tokenizer
     sources, stores = sources_of(config), {}
-    name = common_tokenizer(config, sources)
+    files = find_all(config, {f"data.mixture: {source.name}": source.path for source in sources})
+    name = common_tokenizer(config, [file for of in files for file in of])
     for source in sources:
         view = View(config, data=View(config.data, path=source.path, tokenizer=name))
         stores[source.name], tokenizer = open_store(view)
     return stores, tokenizer
 
 
-def common_tokenizer(config, sources) -> str:
-    """data.tokenizer; where it is made of text, the path of the one made of all sources' texts."""
+def common_tokenizer(config, files: list[str]) -> str:
+    """data.tokenizer; where it is made of text, the path of the one made of the texts of all sources' files."""
     if not learns(config):
         return config.data.tokenizer
-    files = [file for source in sources for file in find_files(config, source.path, f"data.mixture: {source.name}")]
     if tokens := [file for file in files if is_token_file(file)]:
         raise UserError(f"data.tokenizer={config.data.tokenizer}: is made of text, and {tokens[0]} is tokens of another; name "
                         "the tokenizer it was made with")

@@ -127,9 +127,9 @@ class Source(NamedTuple):
 class ExampleRows:
     """Rows of whole examples (`jaxlm.data.examples`) side by side, each a segment of its own. The loss is on what is to be told.
 
-    An example that is longer than a row loses the end of its prompt, or, by its form, its own end; one that has nothing to be
-    told then is left out. packing: "best_fit", "one". source: of an encoder-decoder: what is given goes to the encoder.
-    documents: numbers of those that count; None: all.
+    An example that is longer than a row loses the end of its prompt or, by its form, its own end or the beginning of its
+    prompt; one that has nothing to be told then is left out. packing: "best_fit", "one". source: of an encoder-decoder: what is
+    given goes to the encoder. documents: numbers of those that count; None: all.
     """
 
     def __init__(self, store, seq_len: int, form, packing: str, source: Source | None = None, documents=None):
@@ -140,15 +140,20 @@ class ExampleRows:
         place = np.searchsorted(told_at, self.starts)
         lengths, told = np.diff(self.starts), np.diff(place)
         first = np.where(told > 0, np.append(told_at, 0)[place[:-1]] - self.starts[:-1], lengths)
-        self.room = seq_len // form.group
+        self.room, self.what_cut = seq_len // form.group, ""
         if source:
             sources = np.minimum(first + (source.end is not None), source.length)
             needs, usable = np.maximum(-(-sources * seq_len // source.length), np.minimum(told, seq_len)), told > 0
             self.num_cut = int(np.sum((told > seq_len) | (first + (source.end is not None) > source.length)))
         else:
-            needs = np.minimum(lengths - 1, self.room)
-            usable = (told > 0) & (lengths > 1) & (form.cut_prompt | (first <= self.room))
-            self.num_cut = int(np.sum(lengths - 1 > self.room))
+            usable = (told > 0) & (lengths > 1) & ((form.cut != "end") | (first <= self.room))
+            if form.cut == "prompt_start":
+                self.spans, cut = fit_answers(first, lengths, self.room + 1, form.group)
+                self.num_cut, needs = int(cut.any(1).sum()), self.spans[1] - self.spans[0] - 1
+                prompts, answers = cut.sum(0)
+                self.what_cut = f" ({prompts:,} lost the beginning of the prompt, {answers:,} the end of an answer)"
+            else:
+                self.num_cut, needs = int(np.sum(lengths - 1 > self.room)), np.minimum(lengths - 1, self.room)
         needs, usable = needs.reshape(-1, form.group).sum(1), usable.reshape(-1, form.group).all(1)
         wanted = np.arange(len(needs)) if documents is None else np.asarray(documents)
         self.examples = wanted[usable[wanted]]
@@ -195,9 +200,12 @@ class ExampleRows:
         """-> (ids, marks), cut to what a row has room for."""
         start, stop, room = int(self.starts[number]), int(self.starts[number + 1]), self.room + 1
         ids, marks = self.store.tokens(start, stop), self.store.marks(start, stop)
+        if self.form.cut == "prompt_start":
+            kept = slice(*self.spans[:, number])
+            return ids[kept], marks[kept]
         if self.source or stop - start <= room:
             return ids, marks
-        if self.form.cut_prompt:  # what is to be told comes last
+        if self.form.cut == "prompt_end":  # what is to be told comes last
             first = int(np.argmax(marks))
             told = min(stop - start - first, room - 1)
             kept = np.r_[0 : room - told, first : first + told]
@@ -205,10 +213,26 @@ class ExampleRows:
         return ids[:room], marks[:room]
 
     def about(self) -> tuple[str, ...]:
-        cut = f", {self.num_cut:,} examples cut to fit" if self.num_cut else ""
+        cut = f", {self.num_cut:,} examples cut to fit{self.what_cut}" if self.num_cut else ""
         left_out = f", {self.num_left_out:,} with nothing to be told left out" if self.num_left_out else ""
         return (f"{len(self.examples):,} examples, {self.packing} packing: {len(self):,} rows, {self.padding:.2%} padding{cut}"
                 f"{left_out}",)
+
+
+def fit_answers(first, lengths, room: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of examples of `group` documents, each a prompt of `first` tokens and an answer, what fits into `room` tokens: the prompts
+    lose their beginning, as much as the longest answer needs, but keep half of the room; an answer that does not fit then loses
+    its end. So do TRL's prompts and answers (max_prompt_length, half of max_length by default, and what that leaves).
+
+    first, lengths: (documents,). -> (the tokens that are kept, first and end (2, documents); whether an example lost of (prompts,
+    answers), (examples, 2)).
+    """
+    answers = lengths - first
+    longest = np.repeat(answers.reshape(-1, group).max(1), group)
+    prompts = np.minimum(first, np.maximum(room - longest, room // 2))
+    kept = np.minimum(answers, room - prompts)
+    cut = np.stack([prompts < first, kept < answers], 1).reshape(-1, group, 2).any(1)
+    return np.stack([first - prompts, first + kept]), cut
 
 
 def fill(out, prefix: str, row: int, at: int, segment: int, ids) -> None:

@@ -74,6 +74,19 @@ def find_files(config, paths: str, key: str) -> list[str]:
     return files
 
 
+def find_all(config, asked: dict[str, str]) -> list[list[str]]:
+    """`find_files` of each {key: paths}; what is wrong with any of them is raised together."""
+    found, problems = [], []
+    for key, paths in asked.items():
+        try:
+            found.append(find_files(config, paths, key))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
 def find_local(part: str) -> dict[str, int]:
     """{file: bytes}"""
     if os.path.isdir(part):

@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from jaxlm.data.formats import open_binary
-from jaxlm.data.sources import find_files, told
+from jaxlm.data.sources import find_all, told
 from jaxlm.data.tokenizer_files import tokenizer_files
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
@@ -118,11 +118,9 @@ def locate_store(config) -> tuple[pathlib.Path, dict[str, dict[str, dict]]]:
     """-> its folder, {"train", "valid" or "test": {file: {"sha256", "bytes", "state"}}}. Its name is a fingerprint of the
     files' contents and every setting that changes the tokens."""
     d = config.data
-    splits = {"train": find_files(config, d.path, "data.path")}
-    if d.valid_path:
-        splits["valid"] = find_files(config, d.valid_path, "data.valid_path")
-    if d.test_path:
-        splits["test"] = find_files(config, d.test_path, "data.test_path")
+    paths = {"train": ("data.path", d.path), "valid": ("data.valid_path", d.valid_path), "test": ("data.test_path", d.test_path)}
+    paths = {split: of for split, of in paths.items() if split == "train" or of[1]}
+    splits = dict(zip(paths, find_all(config, dict(paths.values())), strict=True))
     root = store_root(config)
     others = tokenizer_files(d.tokenizer)
     facts = content_of([file for files in splits.values() for file in files] + others, root)

@@ -2,10 +2,12 @@
 (https://github.com/EleutherAI/lm-evaluation-harness). Importing this file needs lm-eval."""
 
 import collections
+import functools
 import json
 import logging
 import os
 
+from jaxlm.data.chat import open_chat_template
 from jaxlm.errors import UserError
 from jaxlm.evaluate.scoring import Item
 from jaxlm.generate.sampling import Sampling
@@ -33,6 +35,30 @@ class JaxLM(LM):
     def __init__(self, evaluator, params):
         super().__init__()
         self.evaluator, self.params, self.cut = evaluator, params, collections.Counter()
+
+    @functools.cached_property
+    def template(self):
+        return open_chat_template(self.evaluator.tokenizer, self.tokenizer_name)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.evaluator.config.data.tokenizer
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        """The text of a question: without add_generation_prompt it ends where the last message does, to be gone on with. A
+        system message that the template refuses is left out. All as lm-eval's HFLM has it of transformers."""
+        try:
+            text = self.template.render(chat_history, add_generation_prompt=add_generation_prompt)
+        except UserError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = self.template.render(others, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        begin = text.rindex(last.strip())
+        return text[: begin + len(last)] if text.startswith(last, begin) else text[: begin + len(last.rstrip())]
 
     def score(self, requests, items):
         scores = self.evaluator.score(self.params, items)
@@ -83,13 +109,15 @@ class Harness:
 
     Args:
         names: of tasks, groups or tags. path: a folder of task files of one's own, or "". limit: questions of each; 0: all.
+        chat: ask through the tokenizer's chat template, solved questions as turns before.
     Raises UserError: a name that there is not, data that is out of reach.
     """
 
-    def __init__(self, names, path: str, limit: int):
+    def __init__(self, names, path: str, limit: int, chat: bool = False):
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         os.environ["DISABLE_MULTIPROC"] = "1"  # no forks of a process that runs JAX
-        self.limit = limit or None
+        os.environ.pop("LOCAL_RANK", None)  # of a launcher: lm-eval would give results to one process of a machine alone
+        self.limit, self.chat = limit or None, chat
         if path and not os.path.isdir(path):
             raise UserError(f"eval.lm_eval_path={path}: no such folder; give one with task files (.yaml)")
         manager = TaskManager(include_path=path, include_defaults=False) if path else None
@@ -114,7 +142,7 @@ class Harness:
         where there is one."""
         lm = JaxLM(evaluator, params)
         found = simple_evaluate(model=lm, tasks=self.tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
-                                torch_random_seed=None)
+                                torch_random_seed=None, apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
         results = {}
         for name, values in found["results"].items():
             counts = found["n-samples"]

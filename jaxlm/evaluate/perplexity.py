@@ -9,8 +9,8 @@ from jaxlm.objectives.objective import MEANS
 
 
 def evaluate(eval_step, params, batches, put, num_bytes: float) -> dict:
-    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}, and "accuracy" and those of MEANS where the
-    objective tells them.
+    """-> {"loss" (nats per target token), "perplexity", "bits_per_byte", "tokens"}, and those of MEANS where the objective tells
+    them. Where it tells what was right, "loss" is of a whole example, and there is "accuracy" in place of "perplexity".
 
     batches: iterable of host batches that covers the split; put: host batch -> device batch.
     num_bytes: UTF-8 bytes of the text whose tokens are the targets; 0: they are no text, and have no bits_per_byte.
@@ -41,7 +41,9 @@ def sums_over(eval_step, params, batches, put) -> collections.Counter:
 
 def told(totals, num_bytes: float) -> dict:
     loss = totals["nll"] / totals["weight"]
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    result = {"loss": loss}
+    if "examples" not in totals:
+        result["perplexity"] = math.exp(min(loss, 700.0))
     if num_bytes:
         result["bits_per_byte"] = totals["nll"] / math.log(2) / num_bytes
     if totals["examples"]:

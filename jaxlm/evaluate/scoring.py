@@ -169,7 +169,8 @@ def build_score_step(model):
 
     def score_step(params, batch):
         module = nnx.merge(model.graph, params)
-        x_BTD = module.hidden(batch["tokens"], segment_ids_BT=batch["segment_ids"])[0]
+        given_BT = module.given({"loss_mask": batch["mask"], "positions": jnp.arange(batch["tokens"].shape[1])[None]})
+        x_BTD = module.hidden(batch["tokens"], segment_ids_BT=batch["segment_ids"], prefix_BS=given_BT)[0]
         kernel_DV, cap = module.head_kernel, module.final_softcap
         B, T = batch["tokens"].shape
         size = min(T, HEAD_TOKENS)

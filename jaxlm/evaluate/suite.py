@@ -30,7 +30,7 @@ class Suite:
 def build_suite(config, model, tokenizer, mesh) -> Suite:
     """Reads all questions. Raises UserError: all that is wrong with the tasks, or a model that they cannot be asked of."""
     asked, names, path = config.eval.tasks, config.eval.lm_eval, config.eval.lm_eval_path
-    limit = config.eval.task_limit
+    limit, chat = config.eval.task_limit, config.eval.lm_eval_chat
     if not asked and not names:
         return Suite(None, {}, None)
     problems, tasks = [], {}
@@ -49,7 +49,7 @@ def build_suite(config, model, tokenizer, mesh) -> Suite:
         from jaxlm.evaluate.harness import Harness
 
         try:
-            harness = Harness(names, path, limit)
+            harness = Harness(names, path, limit, chat)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -75,7 +75,7 @@ class BeamSearch:
 
     def _begin(self, params, tokens_1T, length, source_1S, source_length):
         module, row = self.generator.read(params, tokens_1T, source_1S, source_length)
-        x_1TD, row = self.generator.forward(module, tokens_1T, row, 0)
+        x_1TD, row = self.generator.forward(module, tokens_1T, row, 0, length)
         return self._best(module, x_1TD[0, length - 1]), row
 
     def _go_on(self, params, tokens_R, rows, parents_R, index_R):

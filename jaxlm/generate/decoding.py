@@ -105,10 +105,14 @@ class Generator:
         module.scan, module.remat = False, "none"
         return module
 
-    def forward(self, module, tokens_1T, row, index):
+    def forward(self, module, tokens_1T, row, index, prompt_length=None):
+        """prompt_length: of a prompt that is read now, whose tokens a model with prefix attention lets see one another."""
         memory = Memory(None, row["source"]) if self.has_source else None
+        with_prefix = module.prefix_attention and prompt_length is not None
+        prefix_1S = jnp.arange(row["history"].shape[1])[None] < prompt_length if with_prefix else None
         x_1TD, (history, layers), _ = module.hidden(
-            tokens_1T, cache=(row["history"], self._together(row["layers"])), cache_index=index, memory=memory)
+            tokens_1T, cache=(row["history"], self._together(row["layers"])), cache_index=index, memory=memory,
+            prefix_BS=prefix_1S)
         return x_1TD, {**row, "history": history, "layers": self._apart(layers)}
 
     def _pick(self, module, x_D, row, options, seed, index, full):
@@ -132,7 +136,7 @@ class Generator:
         """A prompt of `length`, filled up to T -> (token, log-probability, row with room for `room` tokens)."""
         module, row = self.read(params, tokens_1T, source_1S, source_length)
         row["seen"] = seen_V
-        x_1TD, row = self.forward(module, tokens_1T, row, 0)
+        x_1TD, row = self.forward(module, tokens_1T, row, 0, length)
         token, log_probability, row = self._pick(module, x_1TD[0, length - 1], row, options, seed, length, full)
         return token, log_probability, self.with_room(row, room)
 

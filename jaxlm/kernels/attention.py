@@ -36,6 +36,7 @@ class Request(NamedTuple):
     sinks: bool = False
     causal: bool = True
     bias: bool = False
+    prefix: bool = False
 
 
 def request_of(config, platform: str) -> Request:
@@ -43,7 +44,7 @@ def request_of(config, platform: str) -> Request:
     capability = getattr(target.device(), "compute_capability", "")  # "9.0"; an AMD GPU has a name here
     return Request(platform, m.compute_dtype, m.head_dim, m.attention_softcap > 0, config.data.isolate_documents, config.seq_len,
                    tuple(int(part) for part in capability.split(".") if part.isdecimal()), m.attention_sinks,
-                   m.family not in ("encoder", "encoder_decoder"), m.position == "relative")
+                   m.family not in ("encoder", "encoder_decoder"), m.position == "relative", m.prefix_attention)
 
 
 def choose_backend(config, platform: str) -> tuple[str, str]:
@@ -61,6 +62,7 @@ class Extras(NamedTuple):
     causal: bool = True  # else a query sees the keys after it too (encoders)
     bias_NTS: Any = None  # added to the scores (T5)
     key_segment_ids_BS: Any = None  # where keys are of another text than queries
+    prefix_BS: Any = None  # bool: keys that the queries before them see too (prefix LM)
 
 
 NO_EXTRAS = Extras()
@@ -130,6 +132,8 @@ def plain_weights(q_BTNH, k_BSKH, window, softcap, segment_ids_BT, first_query, 
     if extras.bias_NTS is not None:
         scores = scores + extras.bias_NTS.reshape(K, N // K, T, S)
     mask = causal_mask(T, S, window, first_query, extras.causal)
+    if extras.prefix_BS is not None:
+        mask = mask | extras.prefix_BS[:, None, None, None, :]
     if segment_ids_BT is not None:
         mask = mask & (segment_ids_BT[:, :, None] == key_segments(segment_ids_BT, extras)[:, None, :])[:, None, None]
     sinks = None if extras.sinks_N is None else extras.sinks_N.reshape(K, N // K, 1, 1)
@@ -149,8 +153,8 @@ def blockwise(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, first_que
 
 def by_rows(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, extras):
     """The causal triangle in at most 8 blocks of queries, each against only the keys that it may see: half the products,
-    and half the memory, of `plain`; not causal, an eighth of the memory. Batch and heads are one axis, for which XLA on a CPU
-    has matrix products in every order that the gradients need; with two it copies."""
+    and half the memory, of `plain`; not causal, or with a prefix, an eighth of the memory. Batch and heads are one axis, for
+    which XLA on a CPU has matrix products in every order that the gradients need; with two it copies."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G, block = N // K, max(64, -(-T // 8))
@@ -161,17 +165,19 @@ def by_rows(q_BTNH, k_BSKH, v_BSKH, window, softcap, segment_ids_BT, extras):
     for begin in range(0, T, block):
         end = min(begin + block, T)
         first_key = max(0, begin - window + 1) if window else 0
-        keys = slice(first_key, end) if extras.causal else slice(0, S)
+        keys = slice(first_key, end) if extras.causal and extras.prefix_BS is None else slice(0, S)
         scores = einsum_float32("XRH,XSH->XRS", q_XRH[:, begin * G : end * G], k_XSH[:, keys])
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         if extras.bias_NTS is not None:
             bias_KGTS = extras.bias_NTS[:, begin:end, keys].reshape(K, G, end - begin, -1)
             scores = scores + jnp.tile(bias_KGTS.transpose(0, 2, 1, 3).reshape(K, (end - begin) * G, -1), (B, 1, 1))
-        mask = causal_mask(end - begin, keys.stop - keys.start, window, begin - first_key, extras.causal)
+        mask = causal_mask(end - begin, keys.stop - keys.start, window, begin - keys.start, extras.causal)
+        if extras.prefix_BS is not None:
+            mask = mask | extras.prefix_BS[:, None, :]
         if segment_ids_BT is not None:
             mask = mask & (segment_ids_BT[:, begin:end, None] == key_segments(segment_ids_BT, extras)[:, None, keys])
-            mask = jnp.repeat(mask, K, axis=0)
+        mask = jnp.repeat(mask, K, axis=0) if mask.ndim == 3 else mask
         sinks = None if sinks_XR1 is None else sinks_XR1[:, : (end - begin) * G]
         weights = softmax_with_sinks(jnp.where(jnp.repeat(mask, G, axis=-2), scores, -1e30), sinks).astype(v_BSKH.dtype)
         outs.append(jnp.einsum("XRS,XSH->XRH", weights, v_XSH[:, keys]))
@@ -265,6 +271,8 @@ def without_extras(supports):
             return "sees only what comes before (model.family)"
         if request.bias:
             return "adds nothing to scores (model.position=relative)"
+        if request.prefix:
+            return "sees only what comes before (model.prefix_attention)"
         return supports(request)
 
     return refuse
@@ -273,6 +281,8 @@ def without_extras(supports):
 def blockwise_supports(request: Request) -> str:
     if request.bias and request.seq_len > LONG:
         return f"adds nothing to scores (model.position=relative) above a seq_len of {LONG}, and this is {request.seq_len}"
+    if request.prefix and request.seq_len > LONG:
+        return f"sees no prefix (model.prefix_attention) above a seq_len of {LONG}, and this is {request.seq_len}"
     return ""
 
 

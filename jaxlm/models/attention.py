@@ -86,7 +86,7 @@ class Attention(nnx.Module):
 
     def extras(self, context):
         sinks_N = self.sink_bias[...].astype(jnp.float32) if hasattr(self, "sink_bias") else None
-        return Extras(sinks_N, context.causal, context.bias)
+        return Extras(sinks_N, context.causal, context.bias, prefix_BS=context.prefix)
 
     def normalise(self, norm, x_BTNH):
         return norm(x_BTNH) if self.norm_heads else norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)

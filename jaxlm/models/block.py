@@ -46,6 +46,7 @@ class Context(NamedTuple):
     live: Any = None  # (B, T) bool: not padding; None: all
     causal: bool = True  # a token sees no later one
     bias: Any = None  # (N, T, S), added to scores
+    prefix: Any = None  # (B, S) bool: keys that the tokens before them see too
     memory: Any = None  # `jaxlm.models.cross.Memory`
     order: Any = None  # (T,) places of the tokens in the sequence, where they stand in another order than their own
 

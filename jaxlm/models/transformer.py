@@ -40,6 +40,7 @@ class Transformer(nnx.Module):
         self.compute_dtype, self.dropout, self.backend = jnp.dtype(m.compute_dtype), m.dropout, attention_backend
         self.embedding_gradient, _ = choose_embedding_gradient(config, target.platform())
         self.isolate, self.token_dropout = config.data.isolate_documents, m.token_dropout
+        self.prefix_attention = m.prefix_attention
         self.embed_scale, self.final_softcap = m.embed_scale, m.final_softcap
         self.logit_scale = m.logit_scale * build_parametrization(m).logits
         self.context_method = config.kernels.context
@@ -71,11 +72,11 @@ class Transformer(nnx.Module):
                                                   m.param_dtype, num_inputs=1))
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0,
-               token_types_BT=None, memory=None):
+               token_types_BT=None, memory=None, prefix_BS=None):
         """-> (x_BTD after the last norm, cache, stats of the feed-forwards stacked over layers or None).
 
         `keys_B`, one a row, switch dropout on; `cache` is for decoding (`init_cache`); token_types_BT, where the model has any,
-        are 0 if not given; memory is what cross-attention looks at.
+        are 0 if not given; memory is what cross-attention looks at; prefix_BS is what `given` says.
         """
         if positions_BT is None:
             positions_BT = np.arange(tokens_BT.shape[1])[None] + cache_index
@@ -108,10 +109,19 @@ class Transformer(nnx.Module):
         context = Context(rope=self.position.tables(positions_BT), segment_ids=segment_ids_BT, backend=self.backend,
                           dropout=self.dropout, cache_index=cache_index, context_method=self.context_method,
                           decoding=cache is not None, live=live_BT, order=order, causal=self.causal, memory=memory,
+                          prefix=prefix_BS,
                           bias=self.position.bias(tokens_BT.shape[1], history_BS.shape[1], cache_index, self.causal))
         x_BTD, layer_cache, stats = self._run_layers(residual(x_BTD), context, keys_BT, layer_cache)
         x_BTD = constrain(self.final_norm(x_BTD), "batch", "seq", None)
         return zigzag(x_BTD, back=True) if ring else x_BTD, None if cache is None else (history_BS, layer_cache), stats
+
+    def given(self, batch):
+        """-> bool (B, T): a batch's tokens of prompts, with model.prefix_attention; else None. Of a segment, what is given comes
+        first, and what is to be told (loss_mask is on the token before) last."""
+        if not self.prefix_attention:
+            return None
+        told_BT = jnp.pad(batch["loss_mask"], ((0, 0), (1, 0)))[:, :-1] > 0
+        return (batch["positions"] == 0) | ~told_BT
 
     def embed(self, tokens_BT):
         """-> x_BTD in the parameter type, to be cast after: a bfloat16 scatter-add in the backward pass is slow and inexact."""

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jaxlm.config import BALANCED
 from jaxlm.kernels.cross_entropy import token_losses
 from jaxlm.models.moe import build_router_loss
 from jaxlm.objectives.objective import OBJECTIVES
@@ -15,6 +16,8 @@ def classification(config):
     """Cross-entropy of the classes, in nats. Its mean is weighted by objective.class_weights; the accuracy in aux is not."""
     pool, router_loss = POOLINGS[config.model.pooling], build_router_loss(config)
     z_loss, smoothing, weights = config.objective.z_loss, config.objective.label_smoothing, config.objective.class_weights
+    if weights == BALANCED:  # no text was counted (`jaxlm plan`): the program is the same with any numbers
+        weights = (1.0,) * config.model.num_classes
 
     def objective(model, batch, keys_B=None):
         mask_BT = batch["loss_mask"]

@@ -19,7 +19,8 @@ def next_token(config):
     def objective(model, batch, keys_B=None):
         # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
         positions_BT = batch["positions"] if isolate else None
-        x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B)
+        x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B,
+                                       prefix_BS=model.given(batch))
         return loss_of_targets(model, batch, x_BTD, stats)
 
     return objective

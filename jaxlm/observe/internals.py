@@ -159,7 +159,8 @@ def activations(graph, params, batch) -> dict:
         model, memory = nnx.merge(graph, params), None
         if model.cross:
             memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"])
-        return model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], memory=memory)[0]
+        return model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], memory=memory,
+                            prefix_BS=model.given(batch))[0]
 
     shape = nnx.merge(graph, params)  # of the layers
     stacks = ({"encoder_layers": len(jax.tree.leaves(params["encoder_layers"])[0])} if shape.cross else {}) | shape.stacks

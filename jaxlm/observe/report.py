@@ -94,8 +94,8 @@ def tiles(summary, train, valid):
     number = lambda x, form: "–" if x is None else format(x, form)
     last = valid[-1] if valid else {}
     yield "validation loss", number(field(last, "loss"), ".4f")
-    yield "perplexity", number(field(last, "perplexity"), ".3f")
     if field(last, "accuracy") is None:
+        yield "perplexity", number(field(last, "perplexity"), ".3f")
         yield "bits per byte", number(field(last, "bits_per_byte"), ".4f")
     else:
         yield "accuracy", number(field(last, "accuracy"), ".2%")

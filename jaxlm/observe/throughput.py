@@ -14,16 +14,23 @@ def peak_flops(device_kind: str, quantization: str = "none") -> float | None:
     return chip.peak_flops if chip and quantization == "none" else None
 
 
-def flops_per_token(config, matmul_parameters: int, trained: int | None = None) -> tuple[float, float]:
+def flops_per_token(config, matmul_parameters: int, trained: int | None = None, frozen=None) -> tuple[float, float]:
     """-> (causal, PaLM convention) training FLOPs per token: 6 P + 6 (or 12) N H sum over layers of min(T, window), where P are
     the parameters in matrix products, the head included, the embedding look-up not, and a frozen one counts 4.
 
-    trained: those of `matmul_parameters` that are not frozen; None: all. Rematerialisation never counts. PaLM convention:
-    arXiv:2204.02311, appendix B.
+    trained: those of `matmul_parameters` that are not frozen; None: all. frozen: a second model, `jaxlm.train.frozen.Frozen`,
+    whose forward pass counts too. Rematerialisation never counts. PaLM convention: arXiv:2204.02311, appendix B.
     """
     attention = 6 * attention_width(config.model) * reach(config)
     products = 4 * matmul_parameters + 2 * (matmul_parameters if trained is None else trained)
-    return products + attention, products + 2 * attention
+    causal, palm = (0.0, 0.0) if frozen is None else forward_flops_per_token(frozen.config, frozen.matmul_parameters)
+    return products + attention + causal, products + 2 * attention + palm
+
+
+def forward_flops_per_token(config, matmul_parameters: int) -> tuple[float, float]:
+    """As `flops_per_token`, of the forward pass alone."""
+    attention = 2 * attention_width(config.model) * reach(config)
+    return 2 * matmul_parameters + attention, 2 * matmul_parameters + 2 * attention
 
 
 def reach(config) -> int:

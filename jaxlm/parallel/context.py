@@ -24,20 +24,21 @@ def attend_on_mesh(local, q_BTNH, k_BSKH, v_BSKH, *, window: int, softcap: float
 
     local: (q, k, v, window, softcap, segment_ids, first_query, extras) -> out, a backend, used where each device has whole
     sequences. method: "ring" (the sequence in the order of `zigzag`) or "all_gather" (in its own order).
-    extras: `jaxlm.kernels.attention.Extras`; the ring has none, and `all_gather` no bias and no keys of another text.
+    extras: `jaxlm.kernels.attention.Extras`; the ring has none, and `all_gather` no bias, no keys of another text and no prefix.
     """
 
-    def run(q, k, v, segment_ids, sinks, bias, key_segment_ids):
+    def run(q, k, v, segment_ids, sinks, bias, key_segment_ids, prefix):
         if mesh_size(AXIS) == 1:
-            here = extras._replace(sinks_N=sinks, bias_NTS=bias, key_segment_ids_BS=key_segment_ids)
+            here = extras._replace(sinks_N=sinks, bias_NTS=bias, key_segment_ids_BS=key_segment_ids, prefix_BS=prefix)
             return local(q, k, v, window, softcap, segment_ids, 0, here)
         q, rule = q * q.shape[-1] ** -0.5, Rule(window, softcap, extras.causal)
         return ring(q, k, v, segment_ids, rule) if method == "ring" else gathered(q, k, v, segment_ids, rule, sinks)
 
     heads, rows = spec_of_axes(("batch", "seq", "heads", None)), spec_of_axes(("batch", "seq"))
     of_heads = spec_of_axes(("heads",))
-    return jax.shard_map(run, in_specs=(heads, heads, heads, rows, of_heads, of_heads, rows), out_specs=heads, check_vma=False)(
-        q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, extras.sinks_N, extras.bias_NTS, extras.key_segment_ids_BS)
+    specs = (heads, heads, heads, rows, of_heads, of_heads, rows, rows)
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, extras.sinks_N, extras.bias_NTS, extras.key_segment_ids_BS, extras.prefix_BS)
 
 
 def gathered(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, rule, sinks_N):

@@ -110,7 +110,7 @@ def mesh_problems(config, sizes: dict, num_devices: int) -> list[str]:
         problems.append(f"kernels.attention={config.kernels.attention!r}: mesh.context={sizes['context']} attends by its own "
                         "tiles (kernels.context), not by a backend; use kernels.attention=auto")
     for axis in ("context", "stage"):
-        for key, value in (("position", "relative"), ("family", "encoder_decoder")):
+        for key, value in (("position", "relative"), ("family", "encoder_decoder"), ("prefix_attention", True)):
             if sizes[axis] > 1 and getattr(m, key) == value:
                 problems.append(f"model.{key}={value!r}: cannot be cut up over mesh.{axis}={sizes[axis]}; use mesh.{axis}=1")
     if sizes["context"] > 1 and config.kernels.context == "ring":

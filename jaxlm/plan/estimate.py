@@ -13,14 +13,17 @@ import numpy as np
 
 from jaxlm.kernels.cross_entropy import chunk_tokens
 from jaxlm.models.remat import DOTS, KERNEL, POLICIES
+from jaxlm.objectives.build import build_objective
 from jaxlm.observe.throughput import attention_width, flops_per_token, reach
 from jaxlm.optimizers.build import build_optimizer
 from jaxlm.parallel.mesh import AXES, SLOW
 from jaxlm.parallel.rules import BATCH
 from jaxlm.plan.hardware import Chip, bandwidth
+from jaxlm.train.frozen import build_frozen
 from jaxlm.train.state import build_init, build_model, flatten_paths, spec_of_leaf
 
 STATE = ("parameters", "optimizer", "average")  # parts of the memory
+FROZEN = "frozen model"  # another: of a teacher or a reference, its own parameters
 
 
 class Sizes(NamedTuple):
@@ -30,13 +33,14 @@ class Sizes(NamedTuple):
     specs: dict  # {path: ParamSpec}
     leaves: dict  # of the state: {path: (shape, bytes of a number)}
     vocab_size: int
+    frozen: object = None  # jaxlm.train.frozen.Frozen, where the objective looks at a second model
 
 
 def sizes_of(config, vocab_size: int) -> Sizes:
     model = build_model(config, vocab_size, "plain")
     state = jax.eval_shape(build_init(config, model, build_optimizer(config, model.trained)), 0)
     leaves = {path: (a.shape, a.dtype.itemsize) for path, a in flatten_paths(state).items()}
-    return Sizes(model, flatten_paths(model.specs), leaves, vocab_size)
+    return Sizes(model, flatten_paths(model.specs), leaves, vocab_size, build_frozen(config, build_objective(config), model))
 
 
 class Estimate(NamedTuple):
@@ -57,7 +61,7 @@ class Estimate(NamedTuple):
 def estimate(config, sizes: Sizes, axes: dict[str, int], chip: Chip | None, slices: int = 1) -> Estimate:
     """axes: {"data": 4, ...}. chip: None where the network's speed is not known (its seconds are 0 then)."""
     d = Dimensions(config, axes, sizes.vocab_size)
-    memory = state_memory(config, sizes, axes)
+    memory = state_memory(config, sizes, axes) | frozen_memory(config, sizes, axes)
     memory |= step_memory(config, d, sizes, axes, chip)
     network = traffic(config, d, sizes, axes)
     devices = math.prod(axes.values())
@@ -115,6 +119,14 @@ def state_memory(config, sizes: Sizes, axes) -> dict[str, float]:
         part = {"params": "parameters", "ema": "average"}.get(path.partition("/")[0], "optimizer")
         totals[part] += math.prod(shape) / cuts(spec, axes) * itemsize
     return {part: size for part, size in totals.items() if size}
+
+
+def frozen_memory(config, sizes: Sizes, axes) -> dict[str, float]:
+    if sizes.frozen is None:
+        return {}
+    mesh, specs = SimpleNamespace(shape=axes), flatten_paths(sizes.frozen.model.specs)
+    return {FROZEN: sum(math.prod(s.shape) * s.dtype.itemsize / cuts(
+        spec_of_leaf(mesh, specs, "params/" + path, s.shape, config.mesh.zero_stage), axes) for path, s in specs.items())}
 
 
 def cuts(spec, axes) -> int:
@@ -184,9 +196,10 @@ def offloaded(config, d: Dimensions) -> float:
 # ---- Work -------------------------------------------------------------------------------------------------------------------
 
 
-def attention_work(config, whole_squares: bool = False) -> float:
+def attention_work(config, sizes: Sizes, whole_squares: bool = False) -> float:
     """FLOPs of attention's own products in a step, on all devices: two forward, again where they are done again, and in the
-    backward pass of a fused kernel seven (FlashAttention-2 as splash does it: the scores once for dQ, once for dK and dV).
+    backward pass of a fused kernel seven (FlashAttention-2 as splash does it: the scores once for dQ, once for dK and dV). Of a
+    frozen model the two.
 
     whole_squares: for `plain`, which computes what the causal mask hides, and has four in the backward pass.
     """
@@ -194,16 +207,19 @@ def attention_work(config, whole_squares: bool = False) -> float:
     result_kept = config.model.remat == "none" or KERNEL in (*on_device, *on_host)
     again = 0 if config.model.remat == "none" else 2 if not result_kept else 1 if whole_squares else 0  # `plain` needs its scores
     products = 2 + again + (4 if whole_squares else 7)
-    tokens, width = config.batch_size * config.seq_len, attention_width(config.model)
-    return tokens * products * 2 * width * reach(config) * (1 if whole_squares else 0.5)
+    of_model = lambda config: 2 * attention_width(config.model) * reach(config)
+    of_all = products * of_model(config) + (2 * of_model(sizes.frozen.config) if sizes.frozen else 0)
+    return config.batch_size * config.seq_len * of_all * (1 if whole_squares else 0.5)
 
 
 def work(config, sizes: Sizes, whole_squares: bool = False) -> tuple[float, float]:
     """-> FLOPs of a step on all devices (what is computed, what the model needs: causal attention, nothing twice)."""
     tokens = config.batch_size * config.seq_len
     matmul, trained = sizes.model.num_matmul_parameters, sizes.model.num_trained_matmul_parameters
-    products = tokens * (4 * matmul + 2 * trained + 2 * products_again(config, sizes)) + attention_work(config, whole_squares)
-    return products, tokens * flops_per_token(config, matmul, trained)[0]
+    frozen = sizes.frozen.matmul_parameters if sizes.frozen else 0
+    products = tokens * (4 * matmul + 2 * trained + 2 * products_again(config, sizes) + 2 * frozen)
+    return (products + attention_work(config, sizes, whole_squares),
+            tokens * flops_per_token(config, matmul, trained, sizes.frozen)[0])
 
 
 def products_again(config, sizes: Sizes) -> float:
@@ -241,7 +257,7 @@ def moved(config, d: Dimensions, sizes: Sizes, axes, memory) -> tuple[float, flo
     head = n * d.V * (4 + 3 * c) + d.accum * d.D * d.V * (2 * c + 8)
     others = d.layers * n * c * (8 * d.D / d.tensor + 6 * d.D + 6 * (d.q + d.kv)) * (2 + again) + 3 * n * d.V * c
     state = sum(memory.get(part, 0) for part in STATE)
-    others += 2 * state + 2 * shard_size(sizes, axes) * 4 * d.accum
+    others += 2 * state + 2 * shard_size(sizes, axes) * 4 * d.accum + memory.get(FROZEN, 0) * d.accum
     others += passes(config) * d.accum * shard_size(sizes, axes, in_layers, whole=True) * c if d.fsdp > 1 else 0
     return products + attention + head, others
 

@@ -16,7 +16,7 @@ from jaxlm.parallel.compile import empty_compile_cache
 from jaxlm.parallel.mesh import SLOW, axis_sizes, mesh_problems
 from jaxlm.plan.compiled import Compiled, OutOfMemory, compile_step
 from jaxlm.plan.devices import Target
-from jaxlm.plan.estimate import STATE, Estimate, Sizes, attention_work, estimate, network_seconds
+from jaxlm.plan.estimate import FROZEN, STATE, Estimate, Sizes, attention_work, estimate, network_seconds
 from jaxlm.plan.roofline import Roofline, roofline
 
 MARGIN = 0.95  # of the limit: an estimate above this share of it is said not to fit
@@ -47,10 +47,11 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part, in all `peak`. The state's are exact. What the compiler holds beyond the parts that can be told from
-        sizes is "temporaries"; where it holds less than those, it found room for them in one another: they are told smaller."""
-        state = {part: size for part, size in self.estimate.memory.items() if part in STATE}
-        rest = {part: size for part, size in self.estimate.memory.items() if part not in (*STATE, "temporaries")}
+        """Bytes by part, in all `peak`. The state's and a frozen model's are exact. What the compiler holds beyond the parts that
+        can be told from sizes is "temporaries"; where it holds less than those, it found room for them in one another: they are
+        told smaller."""
+        state = {part: size for part, size in self.estimate.memory.items() if part in (*STATE, FROZEN)}
+        rest = {part: size for part, size in self.estimate.memory.items() if part not in (*STATE, FROZEN, "temporaries")}
         if not (self.compiled or self.refused):
             return self.estimate.memory
         room, told = self.peak - sum(state.values()), sum(rest.values())
@@ -123,7 +124,7 @@ def ask_compiler(config, target: Target, sizes: Sizes, cache: str, keep: bool) -
     with contextlib.nullcontext() if target.devices[0] in jax.devices() and not keep else empty_compile_cache():
         program = build_program(config, sizes.vocab_size, target.devices)
         try:
-            compiled, refused = compile_step(program, attention_work(config)), None
+            compiled, refused = compile_step(program, attention_work(config, sizes)), None
         except OutOfMemory as error:
             compiled, refused = None, error
     if file:

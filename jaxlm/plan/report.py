@@ -14,8 +14,8 @@ from jaxlm.plan.plan import Plan, command
 from jaxlm.plan.roofline import IGNORES
 
 GIB = 2**30
-COLORS = {"parameters": "#2563eb", "optimizer": "#7c9ff2", "average": "#b6c8f8", "gradients": "#dc6803", "activations": "#0f9f76",
-          "logits": "#7a5af8", "temporaries": "#98a2b3"}
+COLORS = {"parameters": "#2563eb", "optimizer": "#7c9ff2", "average": "#b6c8f8", "frozen model": "#475467",
+          "gradients": "#dc6803", "activations": "#0f9f76", "logits": "#7a5af8", "temporaries": "#98a2b3"}
 
 
 def gib(size: float) -> str:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import Tracked, flatten
+from jaxlm.config import Tracked, flatten, settle_class_weights
 from jaxlm.data.loader import Batches, build_data
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import choose_backend
@@ -78,6 +78,8 @@ class Members:
         if "model.dropout" in self.varied:
             base.model.dropout = max(self.varied["model.dropout"])  # on, in what is built before members differ
         self.data, self.program, self.base = build(base, overrides, devices[:1])
+        for config in self.configs:
+            settle_class_weights(config, self.data.class_counts)
         if self.program.frozen:
             raise UserError(f"objective.name={base.objective.name}: looks at a second model, which an ensemble has no place for; "
                             "train each run by itself")

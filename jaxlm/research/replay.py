@@ -130,7 +130,8 @@ def build_losses(config, program):
         memory = None
         if model.cross:
             memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"], keys_B=keys_B)
-        x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory)
+        x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory,
+                                   prefix_BS=model.given(batch))
         kernel_DV = model.head_kernel
         nll = lambda x, targets: token_losses(head_logits(x, kernel_DV, model.final_softcap), targets, 0.0, 0.0)[1]
         return by_slices(nll, kernel_DV.shape[1], method, x_BTD, targets_BT)

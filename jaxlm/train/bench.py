@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import Tracked, fingerprint, flatten
+from jaxlm.config import Tracked, fingerprint, flatten, settle_class_weights
 from jaxlm.data.feed import put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, UserError
@@ -96,7 +96,7 @@ def bench(config, warmup: int = 0, blocks: int = 0, block_steps: int = 0, overri
 
     # ---- Sum up --------------------------------------------------------------------------------------------------------
     kind = jax.devices()[0].device_kind
-    causal, palm = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters)
+    causal, palm = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters, program.frozen)
     speed, peak = tokens / statistics.median(seconds), peak_flops(kind, config.kernels.quantization)
     return {
         "tokens_per_second": speed,
@@ -119,6 +119,7 @@ def build(config, overrides, devices=None):
 
     tracked = Tracked(config)
     data = build_data(tracked)
+    settle_class_weights(config, data.class_counts)
     program = build_program(tracked, data.vocab_size, devices)
     # What the loop reads beside the program, and what says how it watches and writes.
     tracked.reads.update(k for k in flatten(config) if k.startswith(ELSEWHERE))

@@ -6,7 +6,7 @@ An objective that wants one says so by its attribute `needs`, "reference" or "te
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -26,7 +26,9 @@ FROZEN = Registry("frozen model", key="the objective's needs")
 
 
 class Frozen(NamedTuple):
+    config: Any  # that says its shape
     model: Model  # its specs are those of its own parameters
+    matmul_parameters: int  # of its forward pass, those in common included (`Model.num_matmul_parameters`)
     shared: bool  # what it has no parameters of its own for, it has in common with the model in training
     load: Callable  # (program, config, abstract) -> its own parameters
 
@@ -82,7 +84,7 @@ def reference(config, model: Model) -> Frozen:
             params, _ = pretrained_params(program, config, params)
         return part_of(params, model.trained)
 
-    return Frozen(model._replace(specs=model.trained), True, load)
+    return Frozen(config, model._replace(specs=model.trained), model.num_matmul_parameters, True, load)
 
 
 @FROZEN.register("teacher")
@@ -113,7 +115,7 @@ def teacher(config, model: Model) -> Frozen:
     for key in ("pipeline_microbatches", "pipeline_repeats", "zero_stage"):
         of_teacher.mesh[key] = getattr(config.mesh, key)
     other = build_model(of_teacher, vocab_size, choose_backend(of_teacher, target.platform())[0])
-    return Frozen(other, False, load)
+    return Frozen(of_teacher, other, other.num_matmul_parameters, False, load)
 
 
 def unlike(config, of_teacher, vocab_size: int, model: Model, name: str) -> list[str]:

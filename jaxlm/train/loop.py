@@ -9,7 +9,7 @@ import time
 import jax
 
 from jaxlm.checkpoint.manager import Checkpoints, base_of, without_base
-from jaxlm.config import Tracked, fingerprint, steps_of
+from jaxlm.config import Tracked, fingerprint, settle_class_weights, steps_of
 from jaxlm.data.feed import Feed, put_everywhere
 from jaxlm.data.loader import build_data
 from jaxlm.errors import Diverged, Preempted, UserError
@@ -55,6 +55,7 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
 
     # ---- Build: everything that can be wrong is found before anything is written -------------------------------------
     data = build_data(config)
+    settle_class_weights(full_config, data.class_counts)
     programs = build_programs(config, data.vocab_size)  # by stage; all but their batches' shapes are the same
     stages, program = tuple(programs), programs[next(reversed(programs))]
     model, mesh, feed, hyper = program.model, program.mesh, program.feed, put_everywhere(program.hyper, replicated(program.mesh))

@@ -21,8 +21,8 @@ class Cost(NamedTuple):
 def cost_of(config, program) -> Cost:
     model, mesh = program.model, program.mesh
     peak = peak_flops(jax.devices()[0].device_kind, config.kernels.quantization)
-    return Cost(*flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters),
-                peak * mesh.size if peak else None)
+    flops = flops_per_token(config, model.num_matmul_parameters, model.num_trained_matmul_parameters, program.frozen)
+    return Cost(*flops, peak * mesh.size if peak else None)
 
 
 def train_line(step: int, tokens: int, metrics: dict, rates: dict, cost: Cost, elapsed: float) -> dict:

@@ -81,9 +81,12 @@ class Cluster:
         return out
 
 
+def lines_of(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines() if x.endswith("}")]
+
+
 def losses(workdir):
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines() if x.endswith("}")]
-    return [(x["step"], x["split"], x["loss"]) for x in lines]
+    return [(x["step"], x["split"], x["loss"]) for x in lines_of(workdir) if not x["split"].startswith("task/")]
 
 
 def same_losses(one, two, tolerance=1e-5):
@@ -98,13 +101,26 @@ def run(environment, workdir, *args, **kw):
 
 
 @pytest.fixture(scope="module")
-def alone(environment, tmp_path_factory):
-    return run(environment, tmp_path_factory.mktemp("hosts") / "alone", 1, 4, FSDP, "--config.eval.sample_tokens=3")
+def asking(tmp_path_factory):
+    """What is written and asked at each evaluation: a sample, nine questions, a text longer than the context."""
+    folder = tmp_path_factory.mktemp("questions")
+    words = "the king and the queen speak of love and of war in the city".split()
+    (folder / "q.jsonl").write_text("".join(json.dumps({
+        "query": " ".join(words[i : i + 4]), "choices": [words[i], words[-i - 1] + " and", "war"], "gold": i % 3}) + "\n"
+        for i in range(9)))
+    (folder / "t.txt").write_text(" ".join(words * 2))
+    tasks = (("multiple_choice", f"{folder}/q.jsonl"), ("text", f"{folder}/t.txt"))
+    return ["--config.eval.sample_tokens=3", f"--config.eval.tasks={tasks}"]
 
 
 @pytest.fixture(scope="module")
-def two(environment, tmp_path_factory):
-    return run(environment, tmp_path_factory.mktemp("hosts") / "two", 2, 2, FSDP, "--config.eval.sample_tokens=3")
+def alone(environment, asking, tmp_path_factory):
+    return run(environment, tmp_path_factory.mktemp("hosts") / "alone", 1, 4, FSDP, *asking)
+
+
+@pytest.fixture(scope="module")
+def two(environment, asking, tmp_path_factory):
+    return run(environment, tmp_path_factory.mktemp("hosts") / "two", 2, 2, FSDP, *asking)
 
 
 def test_two_processes_train_on_the_same_rows_with_the_same_losses(alone, two):
@@ -115,6 +131,11 @@ def test_two_processes_train_on_the_same_rows_with_the_same_losses(alone, two):
     assert two.output.count("step      8/8") == 1 and "devices: 4 x cpu, fsdp=4" in two.output
     samples = (alone.workdir / "samples.jsonl").read_text()
     assert samples == (two.workdir / "samples.jsonl").read_text() and samples.count("\n") == 2
+    asked, wanted = ([x for x in lines_of(of.workdir) if x["split"].startswith("task/")] for of in (two, alone))
+    assert [(x["step"], x["split"], x["n"]) for x in asked] == [
+        (step, f"task/{name}", n) for step in (4, 8) for name, n in (("multiple_choice", 9), ("text", 1))]
+    for got, want in zip(asked, wanted, strict=True):
+        assert got.pop("split") == want.pop("split") and got == pytest.approx(want, rel=1e-5)
     for i in (0, 1):
         log = (two.workdir / "logs" / f"process-{i}.log").read_text()
         assert f"process {i} of 2" in log and "2 of 4 devices here" in log and "completed at step 8" in log
