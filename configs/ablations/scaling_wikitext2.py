@@ -6,10 +6,11 @@
     jaxlm train --config=configs/ablations/scaling_wikitext2.py:largest --workdir=runs/largest --config.data.root=DATA
     jaxlm scale --score runs/prediction --workdir=runs/largest
 
-DATA has wikitext-2/train.txt and valid.txt. Four sizes, 0.1 to 0.8 M parameters without embeddings, each for 1, 2 and 4 tokens
-per parameter; held back is 1.6 M for 2. No run sees text twice: it is 3.52 M tokens. Width by μP, so that one learning rate
-serves all sizes; it is not tuned. The twelve runs are 5.5e13 FLOPs and the largest is 3.7e13: at 40 GFLOP/s (two idle CPU cores)
-an estimated 25 and 16 minutes. Not run in full yet.
+DATA has wikitext-2/train.txt and valid.txt. Four sizes, 0.05 to 0.44 M parameters without embeddings, each for 1, 2 and 4 tokens
+per parameter; held back is 0.8 M for 2. No run sees text twice. Width by μP, so that one learning rate serves all sizes; it is
+not tuned. Found (benchmarks/results/scaling_wikitext2, one seed): validation loss 3.820, inside what was predicted before it was
+trained, 3.908 (95 % interval 3.700 to 4.125). Runs as short as these are told by their tokens alone: the exponent of the
+parameters lies at its bound, and nothing is learnt of it. 40 minutes and 8 on two CPU cores that other work shared.
 """
 
 from configs import default
