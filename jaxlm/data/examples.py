@@ -50,7 +50,7 @@ class Example:
     """What the others share. An item is a list of `group` documents, each a list of (text or id, to be told)."""
 
     group, marks, starts = 1, True, True  # starts: with the ids that every text of the tokenizer begins with
-    cut = "prompt_end"  # what an example that is too long loses: "prompt_end", "prompt_start" (`packing.fit_answers`), "end"
+    cut = "prompt_end"  # what an example that is too long loses: "prompt_end", "prompt_start" (`example_rows.fit_answers`), "end"
 
     def __init__(self, settings, tokenizer):
         self.settings, self.tokenizer = settings, tokenizer

@@ -65,7 +65,7 @@ def pieces(row: dict[str, np.ndarray], tokenizer) -> list[dict]:
 
 
 def example_pieces(row: dict[str, np.ndarray], tokenizer, classes=()) -> list[dict]:
-    """The same of a row of `packing.ExampleRows`. An encoder's text comes before what is told of it."""
+    """The same of a row of `example_rows.ExampleRows`. An encoder's text comes before what is told of it."""
     out, segments, decode = [], row["segment_ids"], lambda ids: tokenizer.decode(ids.tolist(), special=True)
     for segment in range(1, int(segments.max(initial=0)) + 1):
         out += [{"kind": "border", "text": ""}] if out else []
