@@ -384,3 +384,15 @@ def test_planning_needs_no_jax(write):
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_arms_that_the_model_is_built_with_go_in_groups_of_their_own(write):
+    """mode=vmap: a cap is part of the program, a rate is a number in it, and a clip of 0 is no clip."""
+    file = write('''    add.seeds = 2
+    add("base")
+    add("rate", **{"optimizer.learning_rate": 0.1})
+    add("cap", **{"model.final_softcap": 30.0})
+    add("no clip", **{"optimizer.clip_norm": 0.0})
+''')
+    groups = modes.groups_of(plan(file, [], "runs").runs)
+    assert sorted(sorted({run.arm for run in group}) for group in groups) == [["base", "rate"], ["cap"], ["no clip"]]

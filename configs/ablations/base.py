@@ -1,5 +1,5 @@
 """What the ablations of this folder share: a Llama of 0.2 M parameters (AdamW, rope, SwiGLU, RMS norm) on Tiny Shakespeare, and a
-run of seconds, so that an ablation with three seeds is a matter of minutes. What holds at this size and length need not at yours.
+run of seconds, so that an ablation with five seeds is a matter of minutes. What holds at this size and length need not at yours.
 """
 
 from configs import default

@@ -263,6 +263,13 @@ def with_dropout(objective, rate):
 # ---- What may differ ----------------------------------------------------------------------------------------------------------
 
 
+def may_differ(key: str, value) -> bool:
+    """Whether members of one ensemble may differ in this key, as far as it tells: of the model's numbers, most are built in."""
+    if key in OFF_AT_ZERO and value == 0 or key.startswith("model.") and key not in STRUCTURE_TAKES_NUMBER:
+        return False
+    return key == "seed" or isinstance(value, float)
+
+
 def check_numbers(differing: dict[str, list], base) -> None:
     """What can be said before anything is built."""
     problems = []

@@ -91,11 +91,7 @@ def vmap(sweep: Sweep, board: Board, options: Options) -> None:
 
     start_jax(sweep.runs[0].config)
     for runs in waves(sweep, board):
-        groups = collections.defaultdict(list)
-        for run in runs:
-            words = {key: value for key, value in flatten(run.config).items() if not isinstance(value, float) and key != "seed"}
-            groups[repr(words)].append(run)
-        for group in groups.values():
+        for group in groups_of(runs):
             for run in group:
                 run.config.observe.progress = "none"  # the board shows it
                 board.began(run)
@@ -112,6 +108,16 @@ def vmap(sweep: Sweep, board: Board, options: Options) -> None:
                 text = "; ".join(error.problems) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 for run in group:
                     board.ended(run, "diverged" if isinstance(error, Diverged) else "failed", text.splitlines()[0])
+
+
+def groups_of(runs: list[Run]) -> list[list[Run]]:
+    """Those that differ only in what members of one ensemble may, as far as the keys tell."""
+    from jaxlm.research.members import may_differ
+
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[repr({key: v for key, v in flatten(run.config).items() if not may_differ(key, v)})].append(run)
+    return list(groups.values())
 
 
 # ---- Processes --------------------------------------------------------------------------------------------------------------
