@@ -48,7 +48,7 @@ def test_build_makes_the_store_that_a_run_opens(config, capsys, monkeypatch):
     assert main(["data", "build", "--config=configs/default.py", *keys(config)]) == 0
     assert "train: 15 tokens, 3 documents\nvalid: 5 tokens, 1 documents" in capsys.readouterr().out
     config.data.tokenizer = "byte"
-    monkeypatch.setattr("jaxlm.data.building.build_store", lambda *a: 1 / 0)
+    monkeypatch.setattr("jaxlm.data.store.build_store", lambda *a: 1 / 0)
     build_data(config)
 
 

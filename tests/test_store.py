@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from data_cases import jsonl, write
 
-from jaxlm.data import building, store
+from jaxlm.data import contents, store, workers
 from jaxlm.data.store import TokenStore, fingerprint, locate_store, open_store
 from jaxlm.errors import UserError
 
@@ -35,9 +35,9 @@ def content(config) -> dict[str, str]:
 @pytest.fixture
 def small(monkeypatch):
     """Pieces of 2 kB, so that a small corpus has many."""
-    monkeypatch.setattr(building, "SMALLEST", 2000)
-    monkeypatch.setattr(building, "PIECES", 100)
-    monkeypatch.setattr(building, "ALONE", 2000)
+    monkeypatch.setattr(store, "SMALLEST", 2000)
+    monkeypatch.setattr(store, "PIECES", 100)
+    monkeypatch.setattr(workers, "ALONE", 2000)
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -102,8 +102,8 @@ def test_the_bytes_do_not_depend_on_the_workers(config, small):
     config.data.tokenizer = "bpe"
     config.data.bpe_vocab_size = 300
     found = []
-    for workers in (1, 3):
-        config.data.workers, config.data.store_dir = workers, f"{config.data.root}/{workers}"
+    for count in (1, 3):
+        config.data.workers, config.data.store_dir = count, f"{config.data.root}/{count}"
         open_store(config)
         found.append(content(config))
     assert found[0] == found[1] and len(found[0]) > 20
@@ -112,28 +112,28 @@ def test_the_bytes_do_not_depend_on_the_workers(config, small):
 KILLED = """
 import os, signal, sys
 from configs import default
-from jaxlm.data import building
+from jaxlm.data import store, workers
 from jaxlm.data.store import open_store
-building.SMALLEST, building.PIECES, building.ALONE = 2000, 100, 2000
+store.SMALLEST, store.PIECES, workers.ALONE = 2000, 100, 2000
 config = default.get_config()
 config.data.path, config.data.store_dir, config.data.tokenizer, config.data.bpe_vocab_size = sys.argv[1], sys.argv[2], "bpe", 300
 config.data.workers = int(sys.argv[3])
-made, shard = [], building.write_durably
+made, shard = [], store.write_durably
 def write(file, content):
     shard(file, content)
     made.append(file)
     if len(made) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-add = building.Meter.add
+add = workers.Meter.add
 def count(self, documents=0, size=0):
     add(self, documents, size)
     self.pieces = getattr(self, "pieces", 0) + bool(size)
     if self.pieces == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 if config.data.workers == 1:
-    building.write_durably = write
+    store.write_durably = write
 else:
-    building.Meter.add = count
+    workers.Meter.add = count
 open_store(config)
 """
 
@@ -150,7 +150,7 @@ def test_killed_and_run_again_the_bytes_are_the_same_and_what_was_done_is_kept(c
     folder = locate_store(config)[0]
     assert not folder.exists()  # nothing under its final name
     done = [file for file in folder.parent.glob(".*.build/work/*.json") if not file.name.startswith(".")]
-    made, make = [], building.make_shard
+    made, make = [], store.make_shard
     monkeypatch.setattr("jaxlm.data.workers.make_shard",
                         lambda job, tok, piece, p: made.append(piece.number) or make(job, tok, piece, p))
     time.sleep(0.5)  # a worker of the dead may be at its last piece
@@ -183,7 +183,7 @@ def test_a_store_is_made_once_and_follows_the_content(config, monkeypatch):
     open_store(config)
     first = fingerprint(config)
     with monkeypatch.context() as patch:
-        patch.setattr("jaxlm.data.building.build_store", lambda *a: pytest.fail("built twice"))
+        patch.setattr("jaxlm.data.store.build_store", lambda *a: pytest.fail("built twice"))
         open_store(config)
     write(config, "a.txt", "something else")
     assert fingerprint(config) != first
@@ -194,9 +194,9 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(config, monkeypatch):
     old = time.time() - 100
     os.utime(path, (old, old))
     changed = lambda file: (f"{path.stat().st_mtime_ns} {path.stat().st_size}", path.stat().st_mtime)
-    monkeypatch.setattr(store, "state_of", changed)  # without ctime, which is now
-    hashed, hash_file = [], store.hash_file
-    monkeypatch.setattr(store, "hash_file", lambda file: hashed.append(file) or hash_file(file))
+    monkeypatch.setattr(contents, "state_of", changed)  # without ctime, which is now
+    hashed, hash_file = [], contents.hash_file
+    monkeypatch.setattr(contents, "hash_file", lambda file: hashed.append(file) or hash_file(file))
     first = fingerprint(config)
     assert fingerprint(config) == first and len(hashed) == 1
     path.write_text("hellO")
@@ -206,7 +206,7 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(config, monkeypatch):
 
 def test_a_source_that_changes_while_tokens_are_made_is_noticed(config, monkeypatch):
     path = write(config, "a.txt", "hello, world")
-    make = building.make_shard
+    make = store.make_shard
     monkeypatch.setattr("jaxlm.data.workers.make_shard", lambda *args: path.write_text("other") and make(*args))
     with pytest.raises(UserError, match="a.txt: changed while its tokens were made; run the same command again"):
         open_store(config)
@@ -243,7 +243,7 @@ def test_a_damaged_store_is_named(config):
 
 
 def test_progress_is_told(capsys):
-    meter = building.Meter(total=100, done=20, every=0.0)
+    meter = workers.Meter(total=100, done=20, every=0.0)
     meter.add(3)
     meter.add(2, 40)
     lines = capsys.readouterr().err.splitlines()

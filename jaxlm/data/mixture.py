@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.config import View
+from jaxlm.data.contents import content_of
 from jaxlm.data.examples import build_form
 from jaxlm.data.packing import whole
 from jaxlm.data.sources import Skipped, find_all, reading, told, whole_files
-from jaxlm.data.store import content_of, open_store, store_root
+from jaxlm.data.store import open_store, store_root
 from jaxlm.data.token_files import is_token_file
 from jaxlm.data.tokenizers import build_tokenizer, learns
 from jaxlm.errors import UserError
@@ -206,7 +207,7 @@ def common_tokenizer(config, files: list[str]) -> str:
     file = pathlib.Path(store_root(config), "tokenizers", f"{digest}.json")
     with main_first("tokenizer of the mixture"):
         if not file.exists():
-            from jaxlm.data.building import write_durably
+            from jaxlm.data.store import write_durably
 
             file.parent.mkdir(parents=True, exist_ok=True)
             form = build_form(reading(config))

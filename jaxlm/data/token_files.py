@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.building import write_manifest
+from jaxlm.data.store import write_manifest
 from jaxlm.data.tokenizers import build_tokenizer, learns
 from jaxlm.errors import UserError
 

@@ -7,10 +7,48 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 import traceback
 
-from jaxlm.data.building import Job, Meter, Piece, make_shard
+from jaxlm.data.store import Job, Piece, make_shard, shard_done
 from jaxlm.errors import UserError
+
+ALONE = 2**22  # bytes of sources that no other process is started for
+
+
+def make_shards(job: Job, tokenizer, todo: list[Piece], pieces: list[Piece], workers: int) -> list[dict]:
+    """What is known of the shards of all `pieces`; those of `todo` are made now, by up to `workers` processes."""
+    meter = Meter(sum(p.size for p in pieces), sum(p.size for p in pieces) - sum(p.size for p in todo))
+    if todo:
+        run = here if workers == 1 or sum(piece.size for piece in todo) < ALONE else in_processes
+        run(job, tokenizer, todo, workers, meter)
+    meter.end()
+    return [shard_done(job, piece) for piece in pieces]
+
+
+class Meter:
+    """Says every few seconds how far the tokens are."""
+
+    def __init__(self, total: int, done: int, every: float = 5.0):
+        self.total, self.done, self.before, self.every = total, done, done, every
+        self.documents, self.began, self.spoke = 0, time.monotonic(), time.monotonic()
+
+    def add(self, documents: int = 0, size: int = 0) -> None:
+        self.documents, self.done = self.documents + documents, self.done + size
+        if time.monotonic() - self.spoke >= self.every:
+            self.say()
+
+    def say(self) -> None:
+        self.spoke = time.monotonic()
+        spent, share = self.spoke - self.began, self.done / max(1, self.total)
+        made = self.done - self.before
+        left = f"{spent * (self.total - self.done) / made:,.0f} s left" if made else "time left not known yet"
+        print(f"data: tokens of {self.documents:,} documents, {self.documents / max(spent, 1e-9):,.0f} documents/s, {share:.0%} "
+              f"of the source, {left}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if time.monotonic() - self.began >= self.every:
+            self.say()
 
 
 def here(job: Job, tokenizer, todo: list[Piece], workers: int, meter: Meter) -> None:

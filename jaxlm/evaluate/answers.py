@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.building import cut_splits
 from jaxlm.data.examples import Pair, filled, references
 from jaxlm.data.loader import deal
 from jaxlm.data.sources import Skipped, find_files, read_items, reading, whole_files
+from jaxlm.data.splits import cut_splits
 from jaxlm.errors import UserError
 from jaxlm.evaluate.evaluation import EVALUATIONS
 from jaxlm.evaluate.text_metrics import METRICS, score

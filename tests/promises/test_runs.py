@@ -259,6 +259,12 @@ def test_the_commands_of_the_readme_run(finished):
     assert ran >= 2
 
 
+def test_the_road_from_text_to_gradient_is_ten_files_and_under_2500_lines():
+    road = re.search(r"## From text file to gradient\n\n(.*?): ten files", pathlib.Path("README.md").read_text(), re.S)[1]
+    files = re.findall(r"`([a-z_/]+\.py)`", road)
+    assert len(files) == 10 and sum(len(pathlib.Path("jaxlm", f).read_text().splitlines()) for f in files) < 2500
+
+
 @pytest.mark.parametrize("args, message", [
     (["--config.data.path=none.txt"], "none.txt: no such file"),
     (["--config.seq_len=2000000"], "longer than the training data"),

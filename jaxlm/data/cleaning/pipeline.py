@@ -29,8 +29,8 @@ from jaxlm.data.cleaning.decontamination import evaluation_files, write_index
 from jaxlm.data.cleaning.reading import file_of, group, name_of, read_sources
 from jaxlm.data.cleaning.shards import SketchWriter, line_writer, read_lines, read_rows, read_shard, write_json
 from jaxlm.data.cleaning.step import CORPUS_STEPS, STEPS, Context, Removed, register_all
+from jaxlm.data.contents import state_of
 from jaxlm.data.sources import READING, find_files
-from jaxlm.data.store import state_of
 from jaxlm.data.tokenizers import build_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.observe.progress import compact, duration
