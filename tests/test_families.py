@@ -46,6 +46,15 @@ def test_parameter_counts(size):
     assert build_model(config, config.model.vocab_size, "plain").num_parameters == COUNTS[size]
 
 
+def test_what_a_task_asks_for_stays_and_what_another_model_was_goes():
+    config = default.get_config()
+    asked = {"pooling": "mean", "token_dropout": 0.1, "prefix_attention": True, "num_classes": 3, "dropout": 0.2}
+    config.model.update({**asked, "value_residual": True, "mlp_dim": 7})
+    apply(config, read_config(SIZES["qwen3_0_6b"])[1])
+    assert {key: config.model[key] for key in asked} == asked
+    assert not config.model.value_residual and config.model.mlp_dim == 3072
+
+
 @pytest.mark.parametrize("size", ["gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "mixtral_8x7b",
                                   "gemma2_9b", "gemma3_1b", "olmo2_7b", "phi4", "smollm3_3b", "gpt_oss_20b", "deepseek_v2_lite",
                                   "deepseek_v3", "bert_base_uncased", "t5_small", "t5_v1_1_xxl"])

@@ -33,6 +33,9 @@ NOT_SAID = frozenset("""
     lora_alpha lora_modules lora_rank ngram_buckets
     param_dtype remat router_z_weight scan_layers scan_unroll vocab_multiple zero_init_proj""".split())
 
+# Keys that a task asks for, whatever the checkpoint is: they stay as they are where config.json does not say them.
+OF_THE_TASK = frozenset("decoder_start num_classes pooling prefix_attention token_dropout".split())
+
 REQUIRED = object()
 
 
@@ -194,11 +197,12 @@ def read_folder(folder) -> tuple[Family, dict]:
 
 
 def apply(config, keys: dict) -> None:
-    """Set these keys, in place; the model's other keys go back to their defaults, but for those that no family speaks of."""
+    """Set these keys, in place; the model's other keys go back to their defaults, but for those that no family speaks of, and
+    those of the task."""
     from configs import default
 
     for key, value in default.get_config().model.items():
-        if key not in NOT_SAID:
+        if key not in NOT_SAID | OF_THE_TASK:
             config.model[key] = value
     for key, value in keys.items():
         group, _, name = key.rpartition(".")
