@@ -336,3 +336,8 @@ class Tracked:
                 for k in mine if k not in self.reads and (k not in base or mine[k] != base[k])
                 and not k.startswith("prepare.")  # another verb's: one file may say how data is cleaned and what trains on it
                 and (k in given or k.rpartition(".")[0] not in rechosen)]
+
+
+def plain(config) -> ConfigDict:
+    """What a `Tracked` looks at; what is read of that, counts as read by none."""
+    return config._config if isinstance(config, Tracked) else config

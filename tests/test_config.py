@@ -6,7 +6,7 @@ import pytest
 from configs import default
 from jaxlm.config import Tracked, apply_overrides, diff, fingerprint, flatten, load, resolve, steps_of
 from jaxlm.errors import UserError
-from jaxlm.validation import validate
+from jaxlm.validation import BELOW_1, SIGNED, validate
 
 PRESETS = sorted(str(p) for p in pathlib.Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
 
@@ -33,6 +33,17 @@ def test_all_problems_at_once_with_suggestions():
     assert len(found) == 3
     assert "make it shorter than the run" in problems("steps=10", "schedule.warmup_steps=10")[0]
     assert "no such file; did you mean configs/shakespeare.py" in problems(config="configs/shakespear.py")[0]
+
+
+def test_numbers_out_of_their_range_are_named():
+    """All that may not be negative, at once; then those that must be below 1."""
+    flat = flatten(default.get_config()).items()
+    numbers = [key for key, value in flat if type(value) in (int, float) and key not in SIGNED and "every_steps" not in key]
+    for keys, wrong in ((numbers, -3), (BELOW_1, 1)):
+        with pytest.raises(UserError) as error:
+            load("configs/default.py", [f"--config.{key}={wrong}" for key in keys])
+        told = "\n".join(error.value.problems)
+        assert len(keys) > 5 and not [key for key in keys if f"{key}={wrong}" not in told]
 
 
 def test_values_are_parsed_by_the_type_of_the_default():

@@ -9,12 +9,13 @@ from jaxlm.parallel.distributed import share
 
 def choose_axes(config, vocab_size: int, devices) -> tuple[dict[str, int], str]:
     """-> ({"data": 4, ...}, why), for devices of this machine or run."""
+    from jaxlm.config import plain
     from jaxlm.plan.devices import Target
     from jaxlm.plan.estimate import sizes_of
     from jaxlm.plan.hardware import chip_of
     from jaxlm.plan.search import best_mesh
 
-    kind = devices[0].device_kind
+    config, kind = plain(config), devices[0].device_kind  # a layout that is only thought of uses no key
     target = Target(f"{len(devices)} x {kind}", chip_of(kind), len(devices), 1, None, memory_limit(devices), "")
     best, why = best_mesh(config, target, sizes_of(config, vocab_size))
     return best.axes, why
