@@ -43,7 +43,7 @@ def test_groups_with_the_best_sums_remain():
 @pytest.mark.parametrize("change, word", [
     (dict(num_kv_heads=2), "num_kv_heads=2"), (dict(value_residual=True), "value_residual"), (dict(qk_norm=True), "qk_norm"),
     (dict(attention_sinks=True), "attention_sinks"), (dict(value_head_dim=17), "value_head_dim=17"),
-    (dict(kv_rank=0), "kv_rank=0"),
+    (dict(kv_rank=0), "kv_rank=0"), (dict(rope_fraction=1.0), "rope_fraction=1.0"),
     (dict(router_groups=3), "router_groups=3"), (dict(router_groups_per_token=1), "router_groups_per_token=1"),
     (dict(router_group_best=3), "router_group_best=3"), (dict(first_dense_layers=3), "first_dense_layers=3"),
     (dict(feedforward="swiglu"), "first_dense_layers=1")])

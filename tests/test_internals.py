@@ -128,3 +128,5 @@ def test_the_picture_has_the_numbers():
     top, bottom = raw[1:10], raw[11:20]  # layer 1, layer 0: three pixels each
     assert top[:3] == bytes(heatmap.COLORS[-1]) and bottom[-3:] == bytes(heatmap.COLORS[0])
     assert bottom[:6] == top[3:]  # layer 0 at steps 1, 2 is what layer 1 is at 2, 3
+    nothing = heatmap.heatmaps([{"split": "internals", "step": 1, "layers/0/attention/update_rms": 0.0}])
+    assert nothing.count("<image") == 2  # a learning rate too small for bfloat16

@@ -45,9 +45,10 @@ def heatmaps(lines: list[dict]) -> str:
 def picture(title: str, steps: list[int], rows: dict[str, list], measure: str) -> str:
     """The lowest layer is the lowest row."""
     known = [v for values in rows.values() for v in values if v is not None and math.isfinite(v)]
-    logarithmic = not any(word in measure for word in LINEAR)
-    positive = [v for v in known if v > 0] if logarithmic else known
-    low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
+    positive = [v for v in known if v > 0]
+    logarithmic = bool(positive) and not any(word in measure for word in LINEAR)
+    shown = positive if logarithmic else known  # a logarithm shows no zeros, and nothing where all are
+    low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     scale = (lambda v: math.log(max(v, low) / low)) if logarithmic else (lambda v: v - low)
     whole = scale(high) or 1.0
     pixels = [[color_of(None if v is None or not math.isfinite(v) else scale(v) / whole) for v in rows[name]]
