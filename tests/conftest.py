@@ -4,6 +4,7 @@ import os
 import socket
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective holds a thread of each device until all have come; with fewer threads than those at once, it may never end.
@@ -12,7 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # on matrices this small, the threads of Nu
 # Programs this small are sooner run than optimised; those of tests/promises/test_runs.py are compiled as a user's.
 HASTY = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
          " --xla_cpu_parallel_codegen_split_count=1")  # the other worker has the other core
-if version("jaxlib").startswith("0.10."):  # its other emitter compiles twice as fast; later ones have no choice
+# Its other emitter compiles twice as fast; later ones have no choice, and libtpu ends a process with flags that it does not know.
+if version("jaxlib").startswith("0.10.") and not find_spec("libtpu"):
     HASTY += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     f" {HASTY} --xla_force_host_platform_device_count=8"
