@@ -80,7 +80,7 @@ def validate(config: ConfigDict) -> None:
     if m.attention == "latent":
         check(m.num_kv_heads == m.num_heads, f"model.num_kv_heads={m.num_kv_heads}: model.attention=latent has keys and values "
               f"for every head; use {m.num_heads}")
-        check(m.position != "rope" or rotated_size(m) < m.head_dim,
+        check(rotated_size(m) < m.head_dim,
               f"model.rope_fraction={m.rope_fraction}: model.attention=latent rotates only a part of each head; use 0.5")
         check(m.kv_rank > 0, f"model.kv_rank={m.kv_rank}: must be at least 1")
         check(0 <= m.value_head_dim <= m.head_dim, f"model.value_head_dim={m.value_head_dim}: must not be above model.head_dim="
