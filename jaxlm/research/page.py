@@ -66,7 +66,7 @@ def tiles(report: dict):
     best = (max if report["metric"]["higher_is_better"] else min)(known, key=lambda arm: arm["mean"], default=None)
     compared = [arm["comparison"] for arm in report["arms"] if arm["comparison"]]
     total = lambda name: sum(run[name] or 0 for arm in report["arms"] for run in arm["runs"])
-    yield "best arm", html.escape(charts.cut(best["name"], 16)) if best else "–"
+    yield "best arm", html.escape(charts.cut(best["name"], 24)) if best else "–"
     yield f"its {tables.label(report)}", f"{best['mean']:.{decimals}f}" if best else "–"
     yield "significant", f"{sum(c['significant'] for c in compared)} of {len(compared)}" if compared else "–"
     yield "detectable difference", f"{max(c['detectable'] for c in compared):.{decimals}f}" if compared else "–"
@@ -81,9 +81,9 @@ def noise_note(report: dict) -> str:
                 "it once for all later reports.")
     small = [arm["name"] for arm in report["arms"] if arm["difference"] is not None
              and abs(arm["difference"]) < known["between_two"]]
-    return (f"Noise: over {known['runs']} seeds of {report['baseline']} the standard deviation is {known['std']:.2g}; two single "
-            f"runs lie up to {known['between_two']:.2g} apart by chance (95 %)."
-            + (f" One run of each could not have told {', '.join(small)} from {report['baseline']}." if small else ""))
+    return (f"Noise, {known['source']}: over {known['runs']} seeds of {report['baseline']} the standard deviation is "
+            f"{known['std']:.2g}; two single runs lie up to {known['between_two']:.2g} apart by chance (95 %)."
+            + (f" One run of each could not have told {tables.listed(small)} from {report['baseline']}." if small else ""))
 
 
 def forest(report: dict, hue: dict) -> str:
