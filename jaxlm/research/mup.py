@@ -5,7 +5,7 @@ activation of one batch: how large it is at first, and how far it moves. Under a
 squares of both do not depend on width, nor does how far the loss falls; under the standard one they grow.
 
 Logits may fall with width, by width^-0.5 at most: what a random head makes of features, those at first or what they move, is a
-sum of `width` terms of either sign, divided by width. For some tens of steps this is most of a logit, and it says nothing of the
+sum of `width` terms of either sign, divided by width. In the first steps that is most of a logit, and it says nothing of the
 targets: how far logits move towards these is what the loss tells.
 """
 
