@@ -9,6 +9,8 @@ from jaxlm.research import charts, tables
 OWN_STYLE = charts.STYLE + """
 .verdict{background:var(--card);border-left:4px solid var(--a);border-radius:6px;padding:12px 16px;margin:16px 0;font-size:16px}
 .verdict p{margin:2px 0}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(116px,1fr))}.tile{overflow-wrap:anywhere}.tile b{font-size:18px}
+.tile:first-child{grid-column:span 2}
 .wide{overflow-x:auto}.wide td{white-space:nowrap}.wide td .dim{white-space:normal}
 th{text-align:left;color:var(--dim);font-weight:500;padding:3px 8px;font-size:12px;vertical-align:bottom}
 td{font-variant-numeric:tabular-nums;vertical-align:top}td:first-child{font-family:inherit;font-weight:600;white-space:nowrap}
@@ -71,7 +73,7 @@ def tiles(report: dict):
     yield "significant", f"{sum(c['significant'] for c in compared)} of {len(compared)}" if compared else "–"
     yield "detectable difference", f"{max(c['detectable'] for c in compared):.{decimals}f}" if compared else "–"
     yield "noise of baseline", f"{report['noise']['std']:.{decimals}f}" if report["noise"] else "not known"
-    yield "FLOPs, all runs", f"{total('flops'):.2e}" if total("flops") else "–"
+    yield "FLOPs, all runs", charts.decades(total("flops")) if total("flops") else "–"
     yield "time in steps", duration(total("train_seconds"))
 
 
