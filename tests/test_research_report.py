@@ -1,6 +1,7 @@
 """Reports of several runs: what is said of them, what is refused; two runs compared bit for bit. The runs are written here."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -147,6 +148,8 @@ def test_the_noise_of_a_preset_is_that_of_its_experiment(file, tmp_path):
     metric = record["metrics"][f"{report['metric']['split']}:{report['metric']['name']}"]
     assert report["noise"]["source"] == "shipped with the preset" and report["noise"]["runs"] == metric["runs"] >= 5
     assert f"Noise, shipped with the preset: over {metric['runs']} seeds" in page(report)
+    about = f"{metric['runs']} | {metric['mean']:.4f} | {metric['std']:.4f} | {report['noise']['between_two']:.3f}"
+    assert f"| `{preset}.py`{f', {steps} steps' * bool(steps)} | {about} |" in pathlib.Path("docs/research.md").read_text()
 
 
 def test_more_repeats_replace_fewer_and_never_the_other_way(sweep, tmp_path):
