@@ -58,7 +58,7 @@ def headline(report: dict) -> str:
     about = report["about"]
     return " · ".join([
         f"{len(report['arms'])} arms, {finished} of {report['runs']} runs finished", tables.label(report),
-        f"baseline {report['baseline']}", *(f"commit {commit[:18]}" for commit in about["commit"]), *about["device"],
+        f"baseline {report['baseline']}", *(f"commit {commit[:12]}{commit[40:]}" for commit in about["commit"]), *about["device"],
         *(f"jax {version}" for version in about["jax"])])
 
 
