@@ -47,7 +47,7 @@ def main():
             config = config_of(name)
             found = transfer(config, WIDTHS, RATES, f"{args.workdir or temporary}/{name}", args.seeds)
             print(f"{name}: {found['verdict']}", flush=True)
-            result[name] = {**found, "coordinate_check": coordinate_check(config, WIDTHS)}
+            result[name] = {**found, "coordinate_check": coordinate_check(config, (*WIDTHS, 512))}
             print(f"{name}: {result[name]['coordinate_check']['verdict']}", flush=True)
     save("mup_transfer", {"cpu_seconds": time.process_time() - began, "seeds": args.seeds, "results": result})
 

@@ -290,17 +290,6 @@ def diff(old, new) -> list[str]:
             for k in keys if k not in old or k not in new or old[k] != new[k]]
 
 
-class View:
-    """A config with some values in place of its own."""
-
-    def __init__(self, base, **values):
-        self._base = base
-        self.__dict__.update(values)
-
-    def __getattr__(self, name):
-        return getattr(self._base, name)
-
-
 class Tracked:
     """A read-only view of a config that remembers which leaves were read.
 
@@ -338,6 +327,23 @@ class Tracked:
                 and (k in given or k.rpartition(".")[0] not in rechosen)]
 
 
+<<<<<<< HEAD
 def plain(config) -> ConfigDict:
     """What a `Tracked` looks at; what is read of that, counts as read by none."""
     return config._config if isinstance(config, Tracked) else config
+=======
+class View:
+    """A config with other values, {"data.path": "a.txt", ...}, in place of some of its own; `reads` gets those that are read."""
+
+    def __init__(self, config, values: dict, prefix: str = "", reads: set | None = None):
+        self._config, self._values, self._prefix, self._reads = config, values, prefix, set() if reads is None else reads
+
+    def __getattr__(self, name):
+        path = self._prefix + name
+        if path in self._values:
+            self._reads.add(path)
+            return self._values[path]
+        value = getattr(self._config, name)
+        group = isinstance(value, ConfigDict | Tracked | View)
+        return View(value, self._values, path + ".", self._reads) if group else value
+>>>>>>> research9

@@ -38,7 +38,7 @@ class Stage(NamedTuple):
 
     def view(self, config):
         """`config` with the stage's batch and rows."""
-        return View(config, batch_size=self.batch_size, seq_len=self.seq_len)
+        return View(config, {"batch_size": self.batch_size, "seq_len": self.seq_len})
 
 
 def stages_of(config) -> tuple[Stage, ...]:

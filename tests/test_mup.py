@@ -7,9 +7,9 @@ import pytest
 from configs import default
 from jaxlm.config import resolve
 from jaxlm.errors import UserError
-from jaxlm.models.parametrization import build_parametrization, is_hidden
+from jaxlm.models.parametrization import Parametrization, build_parametrization, is_hidden
 from jaxlm.optimizers.build import build_optimizer
-from jaxlm.research.mup import at_width, best_rate, coordinate_check, table, transfer
+from jaxlm.research.mup import Slope, at_width, best_rate, coordinate_check, table, transfer
 from jaxlm.train.loop import train
 from jaxlm.train.state import build_model, flatten_paths
 from jaxlm.train.step import build_program
@@ -34,14 +34,36 @@ def make(tmp_path=None, parametrization="standard", **model):
     return c
 
 
-def test_the_coordinate_check_fails_for_the_standard_parametrisation_and_passes_for_mup():
-    for name, passes in (("standard", False), ("mup", True)):
-        found = coordinate_check(make(parametrization=name), (32, 64, 128), steps=3, seeds=3)
-        print(table(found), found["verdict"], sep="\n")
-        assert found["passes"] is passes, found["verdict"]
-        assert found["verdict"].startswith("passes" if passes else "fails") and len(found["slopes"]) == 11
-        exponents = {s["name"]: s["exponent"] for s in found["slopes"]}
-        assert (exponents["0.down"] > 0.5) is not passes
+BROKEN = {"hidden learning rates that stay": ("learning_rate", lambda self, spec, optimizer: 1.0),
+          "logits that are not divided": ("logits", 1.0),
+          "logits divided twice": ("logits", property(lambda self: self.width**-2))}
+
+
+@pytest.mark.parametrize("name", ["mup", "standard", *BROKEN])
+def test_the_coordinate_check_passes_for_mup_and_for_nothing_else(name, monkeypatch):
+    if name in BROKEN:
+        monkeypatch.setattr(Parametrization, *BROKEN[name])
+    found = coordinate_check(make(parametrization="standard" if name == "standard" else "mup"), (32, 256), steps=3, seeds=2)
+    print(table(found), found["verdict"], sep="\n")
+    exponents = {(s["name"], s["moved"]): s["exponent"] for s in found["slopes"]}
+    off = {(s["name"], s["moved"]): s["error"] for s in found["slopes"] if abs(s["error"]) > 0.25}
+    assert found["passes"] == (not off) == (name == "mup")
+    assert found["verdict"].startswith("passes" if name == "mup" else "fails")
+    assert len(exponents) == 23 and abs(exponents["embedding", False]) < 0.1
+    if name == "standard":
+        assert off["0.query", False] == pytest.approx(0.5, abs=0.1) and off["0.down", True] > 1
+    elif name == "hidden learning rates that stay":
+        assert off["0.down", True] > 1 and all(moved for _, moved in off)
+    elif name in BROKEN:
+        sign = 1 if "not" in name else -1
+        assert sign * exponents["loss", True] > 0.75
+        assert set(off) == {("logits", False), ("logits", True), ("loss", True)}
+
+
+def test_logits_may_fall_as_a_random_head_makes_them():
+    assert Slope("logits", True, -0.3, -0.5, {}).error == 0 == Slope("hidden", True, 0.0, 0.0, {}).error
+    assert Slope("logits", True, -0.8, -0.5, {}).error == pytest.approx(-0.3)
+    assert Slope("logits", True, 0.3, -0.5, {}).error == Slope("hidden", True, 0.3, 0.0, {}).error == 0.3
 
 
 @pytest.mark.parametrize("name", ["mup", "completep"])

@@ -1,6 +1,7 @@
 """Reports of several runs: what is said of them, what is refused; two runs compared bit for bit. The runs are written here."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from configs import default
 from jaxlm.cli import main
-from jaxlm.config import fingerprint
+from jaxlm.config import fingerprint, flatten, load
 from jaxlm.errors import UserError
 from jaxlm.research import noise, tables
+from jaxlm.research.page import page
 from jaxlm.research.report import analyse
 from jaxlm.research.runs import arms_of, read_runs
 
@@ -97,10 +99,9 @@ def test_names_cannot_break_the_page_or_the_tables(tmp_path):
         make_run(tmp_path / "s/base" / f"seed-{seed}", 1.5 + seed / 100, seed)
         make_run(tmp_path / "s/<b>&_% | $x" / f"seed-{seed}", 1.4 + seed / 90, seed, steps=99)
     report = report_of(tmp_path / "s", tmp_path)
-    from jaxlm.research.page import page
-
     assert "<b>&_%" not in page(report) and "&lt;b&gt;&amp;_%" in page(report)
     assert r"<b>\&\_\% | \$x" in tables.latex(report) and r"<b>&_% \| $x" in tables.markdown(report)
+    assert tables.listed(["a", "b"]) == "a, b" and tables.listed(["a", "b, c"]) == "“a”, “b, c”"
 
 
 def test_other_data_is_no_pair(sweep, tmp_path, capsys):
@@ -133,6 +134,22 @@ def test_one_seed_has_no_interval_but_may_have_known_noise(sweep, tmp_path):
     assert "more than the noise of this preset" in report["arms"][2]["note"]
     assert analyse(paths, str(tmp_path), str(tmp_path / "empty"))["noise"] is None
     assert "nothing can be said with confidence" in report["summary"]
+
+
+@pytest.mark.parametrize("file", sorted(noise.SHIPPED.rglob("*.json")), ids=lambda file: file.stem)
+def test_the_noise_of_a_preset_is_that_of_its_experiment(file, tmp_path):
+    """But for the steps in its name. If this fails the preset has changed: measure it anew, or remove it."""
+    record, = json.loads(file.read_text())
+    preset, _, steps = str(file.relative_to(noise.SHIPPED).with_suffix("")).partition("-")
+    config = load(f"configs/{preset}.py", [f"--config.steps={steps}"] if steps else [])
+    run = make_run(tmp_path / "run", 2.0, seed=9, **{key.replace(".", "__"): value for key, value in flatten(config).items()
+                                                     if key != "seed" and value != flatten(default.get_config())[key]})
+    report = analyse([str(run)], str(tmp_path), str(tmp_path / "empty"))
+    metric = record["metrics"][f"{report['metric']['split']}:{report['metric']['name']}"]
+    assert report["noise"]["source"] == "shipped with the preset" and report["noise"]["runs"] == metric["runs"] >= 5
+    assert f"Noise, shipped with the preset: over {metric['runs']} seeds" in page(report)
+    about = f"{metric['runs']} | {metric['mean']:.4f} | {metric['std']:.4f} | {report['noise']['between_two']:.3f}"
+    assert f"| `{preset}.py`{f', {steps} steps' * bool(steps)} | {about} |" in pathlib.Path("docs/research.md").read_text()
 
 
 def test_more_repeats_replace_fewer_and_never_the_other_way(sweep, tmp_path):

@@ -189,7 +189,7 @@ def open_sources(config):
     files = find_all(config, {f"data.mixture: {source.name}": source.path for source in sources})
     name = common_tokenizer(config, [file for of in files for file in of])
     for source in sources:
-        view = View(config, data=View(config.data, path=source.path, tokenizer=name))
+        view = View(config, {"data.path": source.path, "data.tokenizer": name})
         stores[source.name], tokenizer = open_store(view)
     return stores, tokenizer
 

@@ -28,7 +28,7 @@ def judge(train, valid) -> Verdict:
     """train, valid: (step, loss) of a run's training lines and evaluations, by step."""
     train, valid = (sorted((s, y) for s, y in dict(points).items() if math.isfinite(y)) for points in (train, valid))
     if len(valid) < LEAST:
-        return Verdict("unknown", f"{len(valid)} evaluations do not tell over- from under-fitting; at least {LEAST} do "
+        return Verdict("unknown", f"too few evaluations to tell over- from under-fitting: {len(valid)}; give at least {LEAST} "
                                   "(eval.every_steps)")
     losses = [loss for _, loss in valid]
     best, (end, last) = losses.index(min(losses)), valid[-1]

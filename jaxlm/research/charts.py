@@ -6,6 +6,7 @@ import math
 
 from jaxlm.observe.report import number_of, ticks
 
+LONGEST = 40  # letters of a name in a drawing; the axes make room for as many
 PALETTE = ("#3b6fe0", "#e07b1a", "#169b72", "#8b5cf6", "#d6407b", "#1496b8", "#9a7b12", "#7a8594")
 STYLE = """
 .band{opacity:.16}.line{fill:none;stroke-width:2}svg .name{font-size:12px;font-weight:600}
@@ -90,7 +91,7 @@ def curves(title: str, series: list[tuple[str, str, list]], width=1036, height=3
     steps = [step for _, _, points in series for step, *_ in points]
     late = min(steps) + 0.12 * (max(steps) - min(steps))  # the first steep part would flatten what follows
     shown = [(m - s, m + s) for _, _, points in series for step, m, s in points if step >= late or len(points) < 4]
-    frame = Frame(width, height, steps, [v for pair in shown for v in pair], right=150)
+    frame = Frame(width, height, steps, [v for pair in shown for v in pair], right=30 + room(name for name, *_ in series))
     out = frame.grid("step", lambda x: f"{x:,.0f}", title)
     for _, hue, points in series:
         if any(s for _, _, s in points):
@@ -106,7 +107,7 @@ def curves(title: str, series: list[tuple[str, str, list]], width=1036, height=3
     for (name, hue, points), y in zip(series, ends, strict=True):
         x, true = frame.x(points[-1][0]), frame.y(points[-1][1])
         out.append(f'<path class="faint" fill="none" stroke="{hue}" d="M{x + 4:.1f} {true:.1f}L{x + 14:.1f} {y:.1f}"/>'
-                   f'<text class="name" style="fill:{hue}" x="{x + 18:.1f}" y="{y + 4:.1f}">{html.escape(cut(name, 18))}</text>')
+                   f'<text class="name" style="fill:{hue}" x="{x + 18:.1f}" y="{y + 4:.1f}">{html.escape(cut(name))}</text>')
     return svg(width, height, out, title)
 
 
@@ -122,8 +123,13 @@ def spread(places: list[float], gap: float, low: float, high: float) -> list[flo
     return out
 
 
-def cut(text: str, length: int) -> str:
+def cut(text: str, length: int = LONGEST) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def room(names, length: int = LONGEST) -> int:
+    """How wide the longest name is, cut to `length` letters."""
+    return 8 * min(max(map(len, names)), length)
 
 
 def differences(title: str, rows: list[dict], width=1036) -> str:
@@ -131,7 +137,7 @@ def differences(title: str, rows: list[dict], width=1036) -> str:
 
     rows: {"name", "color", "difference", "t", "bootstrap", "pairs", "detectable", "words"}.
     """
-    height, left, right = 70 + 44 * len(rows), 170, 300
+    height, left, right = 70 + 44 * len(rows), max(170, 28 + room(row["name"] for row in rows)), 300
     ends = [0.0] + [v for row in rows for v in (*row["t"], *row["bootstrap"], *row["pairs"])]
     frame = Frame(width, height, [min(ends), max(ends)], [0, 1], left=left, right=right)
     foot = height - frame.bottom
@@ -145,7 +151,7 @@ def differences(title: str, rows: list[dict], width=1036) -> str:
         x0, x1 = inside(-row["detectable"]), inside(row["detectable"])
         out.append(f'<rect class="blind" x="{x0:.1f}" width="{x1 - x0:.1f}" y="{y - 18}" height="36"><title>differences below '
                    f'{row["detectable"]:.3g} would likely be missed</title></rect>')
-        name = html.escape(cut(row["name"], 22))
+        name = html.escape(cut(row["name"]))
         out.append(f'<text class="name" style="fill:{hue}" x="{left - 14}" y="{y + 4}" text-anchor="end">{name}</text>')
         for (low, high), place, thickness, kind in ((row["t"], y, 4, "t"), (row["bootstrap"], y + 9, 1.6, "BCa")):
             out.append(f'<line stroke="{hue}" stroke-width="{thickness}" stroke-linecap="round" x1="{frame.x(low):.1f}" '
@@ -179,13 +185,14 @@ def pareto(title: str, points: list[dict], x_label: str, form, width=510, height
         out.append(f'<path class="frontier" d="{path}"/>')
     labels = spread([frame.y(p["y"]) for p in points], 13, frame.top, height - frame.bottom)
     for p, y_label in zip(points, labels, strict=True):
-        x, y, right = frame.x(p["x"]), frame.y(p["y"]), frame.x(p["x"]) > 0.62 * width
+        x, y, name = frame.x(p["x"]), frame.y(p["y"]), cut(p["name"], 30)
+        right = x + 10 + room([name]) > width
         top, foot = frame.y(p["y"] + p["std"]), frame.y(p["y"] - p["std"])
         out.append(f'<line stroke="{p["color"]}" stroke-width="1.5" x1="{x:.1f}" x2="{x:.1f}" y1="{foot:.1f}" y2="{top:.1f}"/>'
                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" '
                    f'fill="{p["color"] if p["frontier"] else "var(--card)"}" stroke="{p["color"]}" stroke-width="2"/>'
                    f'<text class="name" style="fill:{p["color"]}" x="{x + (-10 if right else 10):.1f}" y="{y_label + 4:.1f}" '
-                   f'text-anchor="{"end" if right else "start"}">{html.escape(cut(p["name"], 20))}</text>')
+                   f'text-anchor="{"end" if right else "start"}">{html.escape(name)}</text>')
     return svg(width, height, out, title)
 
 

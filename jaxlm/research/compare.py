@@ -35,8 +35,8 @@ def judged(difference: float, known: noise.Noise | None) -> str:
         return ("one run each: no interval can be told, and the noise of A's config is not known; measure it with jaxlm sweep "
                 "--config=FILE --repeats=5 --workdir=DIR")
     word = "less" if abs(difference) < known.between_two else "more"
-    return (f"noise: over {known.runs} seeds of A's config the standard deviation is {known.std:.2g}; these differ by {word} "
-            f"than the noise of this preset ({known.between_two:.2g} between two single runs)")
+    return (f"noise, {known.source}: over {known.runs} seeds of A's config the standard deviation is {known.std:.2g}; these "
+            f"differ by {word} than the noise of this preset ({known.between_two:.2g} between two single runs)")
 
 
 def assert_equal(a: Run, b: Run) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.config import Tracked, flatten, settle_class_weights
+from jaxlm.config import Tracked, View, flatten, settle_class_weights
 from jaxlm.data.loader import Batches, build_data
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import choose_backend
@@ -34,22 +34,6 @@ from jaxlm.train.step import build_eval_step, build_train_step
 OWN = {"optimizer.learning_rate": "learning_rate", "optimizer.weight_decay": "weight_decay", "seed": "seed"}  # of every step
 STRUCTURE_TAKES_NUMBER = ("model.dropout", "model.init_std")  # the model is built with them, and each member has its own
 OFF_AT_ZERO = ("optimizer.clip_norm", "optimizer.ema_decay")  # 0 is another program
-
-
-class View(Tracked):
-    """A config in which some keys have other values: those of one member, while its step is traced."""
-
-    def __init__(self, config, values: dict, prefix: str = "", reads: set | None = None):
-        super().__init__(config, prefix, reads)
-        object.__setattr__(self, "_values", values)
-
-    def __getattr__(self, name):
-        path = self._prefix + name
-        if path in self._values:
-            self.reads.add(path)
-            return self._values[path]
-        value = super().__getattr__(name)
-        return View(value._config, self._values, value._prefix, self.reads) if isinstance(value, Tracked) else value
 
 
 def varied(configs) -> dict[str, list]:

@@ -1,7 +1,8 @@
 """The noise floor of an experiment: how far runs that differ in nothing but the seed lie apart.
 
+    <sweep>/noise.json                      of its arms
     $JAXLM_CACHE/noise/<experiment>.json    by the config's fingerprint without its seed; found again for any later report
-    <sweep>/noise.json                      those of its arms
+    configs/noise/<preset>.json             of presets, shipped: the noise.json of `jaxlm sweep --config=<preset> --repeats=K`
 """
 
 import math
@@ -12,11 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from configs import default
+from jaxlm.config import flatten, identity
 from jaxlm.errors import UserError
 from jaxlm.observe.report import field, read_json
-from jaxlm.research.runs import UNEVALUATED, Arm, choose_metric
+from jaxlm.research.runs import UNEVALUATED, Arm, choose_metric, experiment, provenance
 from jaxlm.train.rundir import write_json
 
+SHIPPED = pathlib.Path(default.__file__).parent / "noise"
 FEWEST = 3  # seeds from which a standard deviation is worth keeping
 
 
@@ -26,6 +30,7 @@ class Noise(NamedTuple):
     runs: int
     mean: float
     std: float  # over seeds, ddof=1
+    source: str  # where it was measured
 
     @property
     def between_two(self) -> float:
@@ -34,8 +39,8 @@ class Noise(NamedTuple):
 
 
 def measure(arm: Arm) -> dict | None:
-    """{"experiment", "name", "seeds", "metrics": {"valid/all:loss": {"runs", "mean", "std", "std_by_step"}}}; None with fewer
-    than FEWEST finished runs."""
+    """{"experiment", "name", "seeds", "about", "metrics": {"valid/all:loss": {"runs", "mean", "std", "std_by_step"}}, "config":
+    what makes the experiment}; None with fewer than FEWEST finished runs."""
     finished = [run for run in arm.runs if run.status == "completed"]
     if len(finished) < FEWEST:
         return None
@@ -51,7 +56,8 @@ def measure(arm: Arm) -> dict | None:
             if len(finals) >= FEWEST:
                 metrics[f"{split}:{name}"] = {"runs": len(finals), "mean": float(np.mean(finals)),
                                                "std": float(np.std(finals, ddof=1)), "std_by_step": by_step}
-    return {"experiment": arm.experiment, "name": arm.name, "seeds": [run.seed for run in finished], "metrics": metrics}
+    return {"experiment": arm.experiment, "name": arm.name, "seeds": [run.seed for run in finished], "about": provenance([arm]),
+            "metrics": metrics, "config": identity(arm.config)}
 
 
 def store(arms: list[Arm], folder: str, cache: str) -> list[dict]:
@@ -70,10 +76,22 @@ def store(arms: list[Arm], folder: str, cache: str) -> list[dict]:
 
 def lookup(arm: Arm, metric: tuple[str, str], cache: str) -> Noise | None:
     """Of the arm's own runs, or of those stored of the same experiment, whichever are more; None where there are neither."""
-    found = [record for record in (measure(arm), read_json(pathlib.Path(cache, "noise", f"{arm.experiment}.json"))) if record]
-    known = [Noise(numbers["runs"], numbers["mean"], numbers["std"]) for record in found
-             if (numbers := field(record["metrics"], ":".join(metric)))]
+    earlier = read_json(pathlib.Path(cache, "noise", f"{arm.experiment}.json"))
+    records = {"of these runs": measure(arm), "of earlier runs": earlier, "shipped with the preset": shipped(arm)}
+    known = [noise for source, record in records.items() if record and (noise := noise_of(record, metric, source))]
     return max(known, key=lambda noise: noise.runs, default=None)
+
+
+def noise_of(record: dict, metric: tuple[str, str], source: str) -> Noise | None:
+    numbers = field(record["metrics"], ":".join(metric))
+    return Noise(numbers["runs"], numbers["mean"], numbers["std"], source) if numbers else None
+
+
+def shipped(arm: Arm) -> dict | None:
+    """The record of a preset that is the same experiment. A key that came after it was measured had its default then."""
+    defaults = flatten(default.get_config())
+    records = (record for file in sorted(SHIPPED.rglob("*.json")) for record in read_json(file))
+    return next((record for record in records if experiment(defaults | record["config"]) == arm.experiment), None)
 
 
 def sentence(arm: Arm) -> str:
@@ -82,7 +100,6 @@ def sentence(arm: Arm) -> str:
     if (measured := measure(arm)) is None:
         ended = sum(run.status == "completed" for run in arm.runs)
         raise UserError(f"noise of {arm.name}: {ended} finished runs; at least {FEWEST} are needed, better 5")
-    numbers = measured["metrics"][f"{split}:{name}"]
-    noise = Noise(numbers["runs"], numbers["mean"], numbers["std"])
+    noise = noise_of(measured, (split, name), "of these runs")
     return (f"noise of {arm.name}: {split} {name} {noise.mean:.4f}, standard deviation {noise.std:.2g} over {noise.runs} seeds; "
             f"two single runs must differ by more than {noise.between_two:.2g} to mean anything")

@@ -9,6 +9,8 @@ from jaxlm.research import charts, tables
 OWN_STYLE = charts.STYLE + """
 .verdict{background:var(--card);border-left:4px solid var(--a);border-radius:6px;padding:12px 16px;margin:16px 0;font-size:16px}
 .verdict p{margin:2px 0}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(116px,1fr))}.tile{overflow-wrap:anywhere}.tile b{font-size:18px}
+.tile:first-child{grid-column:span 2}
 .wide{overflow-x:auto}.wide td{white-space:nowrap}.wide td .dim{white-space:normal}
 th{text-align:left;color:var(--dim);font-weight:500;padding:3px 8px;font-size:12px;vertical-align:bottom}
 td{font-variant-numeric:tabular-nums;vertical-align:top}td:first-child{font-family:inherit;font-weight:600;white-space:nowrap}
@@ -56,8 +58,8 @@ def headline(report: dict) -> str:
     about = report["about"]
     return " · ".join([
         f"{len(report['arms'])} arms, {finished} of {report['runs']} runs finished", tables.label(report),
-        f"baseline {report['baseline']}", *(f"commit {commit[:12] + commit[40:]}" for commit in about["commit"]),
-        *about["device"], *(f"jax {version}" for version in about["jax"])])
+        f"baseline {report['baseline']}", *(f"commit {commit[:12]}{commit[40:]}" for commit in about["commit"]), *about["device"],
+        *(f"jax {version}" for version in about["jax"])])
 
 
 def tiles(report: dict):
@@ -66,12 +68,12 @@ def tiles(report: dict):
     best = (max if report["metric"]["higher_is_better"] else min)(known, key=lambda arm: arm["mean"], default=None)
     compared = [arm["comparison"] for arm in report["arms"] if arm["comparison"]]
     total = lambda name: sum(run[name] or 0 for arm in report["arms"] for run in arm["runs"])
-    yield "best arm", html.escape(charts.cut(best["name"], 16)) if best else "–"
+    yield "best arm", html.escape(charts.cut(best["name"], 24)) if best else "–"
     yield f"its {tables.label(report)}", f"{best['mean']:.{decimals}f}" if best else "–"
     yield "significant", f"{sum(c['significant'] for c in compared)} of {len(compared)}" if compared else "–"
     yield "detectable difference", f"{max(c['detectable'] for c in compared):.{decimals}f}" if compared else "–"
     yield "noise of baseline", f"{report['noise']['std']:.{decimals}f}" if report["noise"] else "not known"
-    yield "FLOPs, all runs", f"{total('flops'):.2e}" if total("flops") else "–"
+    yield "FLOPs, all runs", charts.decades(total("flops")) if total("flops") else "–"
     yield "time in steps", duration(total("train_seconds"))
 
 
@@ -81,9 +83,9 @@ def noise_note(report: dict) -> str:
                 "it once for all later reports.")
     small = [arm["name"] for arm in report["arms"] if arm["difference"] is not None
              and abs(arm["difference"]) < known["between_two"]]
-    return (f"Noise: over {known['runs']} seeds of {report['baseline']} the standard deviation is {known['std']:.2g}; two single "
-            f"runs lie up to {known['between_two']:.2g} apart by chance (95 %)."
-            + (f" One run of each could not have told {', '.join(small)} from {report['baseline']}." if small else ""))
+    return (f"Noise, {known['source']}: over {known['runs']} seeds of {report['baseline']} the standard deviation is "
+            f"{known['std']:.2g}; two single runs lie up to {known['between_two']:.2g} apart by chance (95 %)."
+            + (f" One run of each could not have told {tables.listed(small)} from {report['baseline']}." if small else ""))
 
 
 def forest(report: dict, hue: dict) -> str:

@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 from jaxlm.observe.report import field, read_json, running_mean
 from jaxlm.registry import did_you_mean
 from jaxlm.research import noise, page, statistics, tables
-from jaxlm.research.runs import HIGHER_IS_BETTER, Arm, arms_of, choose_metric, finite, order_differences, read_runs
+from jaxlm.research.runs import HIGHER_IS_BETTER, Arm, arms_of, choose_metric, finite, order_differences, provenance, read_runs
 from jaxlm.train.rundir import write_json
 
 TESTS = ("auto", "paired", "welch")
@@ -163,12 +163,3 @@ def on_frontier(row: dict, rows: list[dict], cost: str, higher: bool) -> bool:
     rivals = [r for r in rows if r is not row and r["mean"] is not None and r[cost] is not None]
     return not any(worth(r) >= worth(row) and r[cost] <= row[cost] and (worth(r), r[cost]) != (worth(row), row[cost])
                    for r in rivals)
-
-
-def provenance(arms: list[Arm]) -> dict:
-    """What the runs were made with; more than one value is worth a look."""
-    runs = [run for arm in arms for run in arm.runs]
-    tell = lambda values: sorted({str(value) for value in values if value is not None})
-    return {"commit": tell(field(run.record, "commit") for run in runs),
-            "jax": tell(field(run.summary, "jax_version") for run in runs),
-            "device": tell(f"{run.summary['devices']} x {run.summary['device_kind']}" for run in runs if run.summary)}

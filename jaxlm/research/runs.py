@@ -176,6 +176,15 @@ def order_differences(a: Run, b: Run) -> list[str]:
             if shown(one, key) != shown(other, key)]
 
 
+def provenance(arms: list[Arm]) -> dict:
+    """What the runs were made with; more than one value is worth a look."""
+    runs = [run for arm in arms for run in arm.runs]
+    tell = lambda values: sorted({str(value) for value in values if value is not None})
+    return {"commit": tell(field(run.record, "commit") for run in runs),
+            "jax": tell(field(run.summary, "jax_version") for run in runs),
+            "device": tell(f"{run.summary['devices']} x {run.summary['device_kind']}" for run in runs if run.summary)}
+
+
 def shown(values: dict, key: str):
     return values[key] if key in values else "(absent)"
 

@@ -25,6 +25,12 @@ def interval_of(low_high, decimals: int) -> str:
     return f"[{signed(low_high[0], decimals)}, {signed(low_high[1], decimals)}]"
 
 
+def listed(names) -> str:
+    """In quotes where commas in them would be taken for those between them."""
+    names = list(names)
+    return ", ".join(f"“{name}”" for name in names) if any("," in name for name in names) else ", ".join(names)
+
+
 def findings(report: dict) -> list[str]:
     """What can be said, and what cannot; a line each."""
     decimals, base, out = digits(report), report["baseline"], []
@@ -37,7 +43,7 @@ def findings(report: dict) -> list[str]:
                        f"({report['level']:.0%} interval {interval_of(c['t'], decimals)}, p {p if '<' in p else '= ' + p})")
     if same := [arm for arm in compared if arm["comparison"]["verdict"] == "not significant"]:
         smallest = max(arm["comparison"]["detectable"] for arm in same)
-        out.append(f"{', '.join(arm['name'] for arm in same)}: not significant (a true difference below "
+        out.append(f"{listed(arm['name'] for arm in same)}: not significant (a true difference below "
                    f"{smallest:.{decimals}f} would likely be missed with these seeds)")
     if not compared:
         out = ["nothing can be said with confidence: " + ("there is one arm only" if len(report["arms"]) == 1 else
