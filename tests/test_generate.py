@@ -207,8 +207,11 @@ def test_many_beams_find_the_likeliest_text_of_all():
     np.testing.assert_allclose([h.score * 4 for h in found[:5]], np.sort(total)[::-1][:5], atol=1e-4)
 
 
+@pytest.mark.parity("torch", "transformers")
 def test_greedy_and_beams_are_those_of_transformers():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     for name in ("gpt2", "llama2", "gemma2"):
         folder = golden(name)[0]
         _, model, _, params = opened(folder)

@@ -15,6 +15,7 @@ from test_scoring import opened
 from jaxlm.data.chat import ChatTemplate
 from jaxlm.errors import UserError
 
+pytestmark = pytest.mark.parity
 WITHIN = 1e-6  # relative, of log-likelihoods in float32
 
 

@@ -172,8 +172,10 @@ def test_an_adapter_goes_out_and_in_bit_for_bit(name, tmp_path):
     assert again.model.num_trained == sum(a.size for path, a in flatten_paths(params).items() if "lora" in path)
 
 
+@pytest.mark.parity("torch", "transformers", "peft")
 def test_peft_opens_the_adapter_and_gives_the_same_logits(tmp_path):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import peft
+    import torch
     from transformers import AutoModelForCausalLM
 
     folder = golden("llama2")[0]
