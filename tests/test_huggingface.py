@@ -446,10 +446,13 @@ def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkey
         exported(folder, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
     monkeypatch.undo()
-    monkeypatch.setattr("jaxlm.huggingface.tensors.os.pwrite", full)
+    monkeypatch.setattr("jaxlm.checkpoint.files.os.pwrite", full)
     with pytest.raises(UserError, match="No space left"):
         exported(folder, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
+    with pytest.raises(UserError, match="saving failed .No space left"):
+        import_run(str(folder), str(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
     monkeypatch.undo()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()

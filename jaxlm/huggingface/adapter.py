@@ -13,6 +13,7 @@ import shutil
 import jax
 import numpy as np
 
+from jaxlm.checkpoint.files import sync
 from jaxlm.errors import UserError
 from jaxlm.huggingface.layout import Layout, sizes_of
 from jaxlm.huggingface.save import check_free
@@ -134,6 +135,8 @@ def save_adapter(folder: str, family, config, model, params, base: str) -> None:
         temporary.mkdir(parents=True)
         write_file(temporary / WEIGHTS, planned, threads=1)
         write_json(temporary / CONFIG, values)
+        for path in temporary.iterdir():
+            sync(path)
         if target.exists():
             target.rmdir()
         temporary.rename(target)
