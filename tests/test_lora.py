@@ -95,6 +95,14 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(changes):
             np.testing.assert_allclose(flatten_paths(state["params"])[path], a, atol=2e-6, err_msg=path)
 
 
+def test_adapters_train_the_same_on_a_mesh():
+    """Those of experts, the embedding and the head too."""
+    adapters = dict(MOE, model__lora_rank=4, model__lora_modules=".*", model__tie_embeddings=False, optimizer__learning_rate=0.01)
+    alone, state, _, _ = run(tiny(**adapters))
+    assert all(np.any(array) for path, array in flatten_paths(state["params"]).items() if "lora" in path), "all have moved"
+    np.testing.assert_allclose(run(tiny(**adapters, mesh__expert=2, mesh__fsdp=2, mesh__tensor=2))[0], alone, rtol=1e-5)
+
+
 def test_the_choice_of_what_trains_is_checked():
     for changes, said in ((dict(optimizer__freeze="heed"), "matches no parameter"), (dict(optimizer__freeze="("), "is no regex"),
                           (dict(optimizer__freeze=".*"), "freezes every parameter"),
