@@ -103,7 +103,6 @@ def read_one_by_one(read, folder: pathlib.Path, abstract):
     first: what reading takes beside a leaf's own place is then least where the most is there already."""
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
     found = {}
-    gc.freeze()  # what is there already needs no looking at below
     for i in sorted(range(len(paths)), key=lambda i: -math.prod(paths[i][1].shape)):
         keys, leaf = paths[i]
         found[i] = map_chunk(folder / ".".join(key.key for key in keys), leaf)
@@ -111,7 +110,6 @@ def read_one_by_one(read, folder: pathlib.Path, abstract):
             alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
             found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
             gc.collect()  # Orbax's futures hold what they have read in cycles
-    gc.unfreeze()
     return tree.unflatten(found[i] for i in range(len(paths)))
 
 

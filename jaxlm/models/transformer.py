@@ -199,6 +199,10 @@ class Transformer(nnx.Module):
         if self.value_residual and value is None:
             value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype)
 
+        def run_layer(carry, layers):
+            x, value, out = block(*carry, layers, None, self.pattern[0])
+            return (x, value), out
+
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
             for i, kind in enumerate(self.pattern):
@@ -207,6 +211,9 @@ class Transformer(nnx.Module):
             return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
+        if period == 1:  # of a bfloat16 stack with one more axis, XLA on a CPU makes a copy
+            (x_BTD, value), out = jax.lax.scan(run_layer, (x_BTD, value), xs, unroll=self.scan_unroll)
+            return value, x_BTD, *out
         xs = jax.tree.map(lambda a: row_major(a.reshape(-1, period, *a.shape[1:])), xs)
         (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs, unroll=self.scan_unroll)
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
