@@ -126,7 +126,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.remat = "none"  # none, minimal, save_dots, save_attention, offload, full, or tensors to keep: "attention,offload:up"
     c.model.lora_rank = 0  # of adapters beside the layers' products (LoRA); where there are any, they alone train. 0: none
     c.model.lora_alpha = 16.0  # an adapter counts lora_alpha / lora_rank
-    c.model.lora_modules = r"attention\.(query|value)"  # regex on attention.{query,key,value,out}, feedforward.{up,gate,down}
+    c.model.lora_modules = r"attention\.(query|value)"  # regex on attention.{query,key,value,out}, feedforward.{up,gate,down},
+    # feedforward.experts.{up,gate,down}, embedding, head
     c.model.from_pretrained = ""  # whose parameters start this run: a jaxlm run, a Hugging Face folder, org/name[@revision]
     c.model.from_scratch = ""  # regex on the parameter's path: those that from_pretrained does not give, such as a new head
     c.model.adapter = ""  # a folder in PEFT's form: the adapters that this run starts with; it sets the three lora keys

@@ -327,11 +327,11 @@ class Tracked:
                 and (k in given or k.rpartition(".")[0] not in rechosen)]
 
 
-<<<<<<< HEAD
 def plain(config) -> ConfigDict:
     """What a `Tracked` looks at; what is read of that, counts as read by none."""
     return config._config if isinstance(config, Tracked) else config
-=======
+
+
 class View:
     """A config with other values, {"data.path": "a.txt", ...}, in place of some of its own; `reads` gets those that are read."""
 
@@ -346,4 +346,3 @@ class View:
         value = getattr(self._config, name)
         group = isinstance(value, ConfigDict | Tracked | View)
         return View(value, self._values, path + ".", self._reads) if group else value
->>>>>>> research9

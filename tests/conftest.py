@@ -28,6 +28,13 @@ os.environ["JAXLM_CACHE"] = CACHE
 import pytest  # noqa: E402
 
 
+def pytest_runtest_setup(item):
+    """`parity("torch", "transformers")`: without these the test is skipped."""
+    for mark in item.iter_markers("parity"):
+        for package in mark.args:
+            pytest.importorskip(package)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Only loopback and local sockets: a test that needs the network is a defect."""

@@ -122,10 +122,13 @@ CASES = {
 
 def theirs():
     """A tokenizer of transformers, only to render."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    import tokenizers
+    import transformers
+
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), **TOKENS)
 
 
+@pytest.mark.parity
 def test_templates_render_as_in_transformers():
     rendered = {}
     for case, (name, messages, options) in CASES.items():
@@ -165,6 +168,7 @@ def test_answers_are_found_by_their_mark_or_by_what_they_add():
         ChatTemplate(changing, TOKENS).render_with_answers(turns)
 
 
+@pytest.mark.parity("transformers")
 def test_marked_answers_are_those_of_transformers():
     tokenizer = theirs()
     turns = [*TURNS, {"role": "assistant", "content": "So long"}]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.checkpoint.chunks import StepWriter
+from jaxlm.checkpoint.fingerprints import fingerprint_of, fingerprints
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.errors import UserError
 
@@ -60,11 +62,47 @@ def test_another_model_is_refused(tmp_path):
         checkpoints.restore(cast)
 
 
-def test_a_frugal_restore_reads_a_whole_leaf_into_its_place(tmp_path, monkeypatch, capsys):
-    """Without Orbax, and its fingerprint is looked at; a leaf that several devices saved is Orbax's to put together."""
+def write_in_parts(directory, step: int, params: dict) -> None:
+    """As `jaxlm convert` does: here row by row, the last one first."""
+    writer, leaves = StepWriter(directory, step), {}
+    for name, array in params.items():
+        array, mark = np.asarray(array), 0
+        leaf = writer.leaf(("params", name), array.shape, array.dtype)
+        for at in range(len(array))[::-1] if array.ndim else [...]:
+            leaf.write(array[at], 0 if at is ... else at * array[at].nbytes)
+            starts = () if at is ... else (at, *[0] * (array.ndim - 1))
+            mark += fingerprint_of(array[at if at is ... else slice(at, at + 1)], starts)
+        leaf.sync()
+        leaves[f"params/{name}"] = {"shape": list(array.shape), "dtype": str(array.dtype), "fingerprint": mark % 2**32}
+    writer.publish({"step": step, "leaves": leaves})
+
+
+PLAIN = STATE["params"] | {"c": jnp.float32(3), "d": jnp.array([True, False, True]), "e": jnp.arange(24.0).reshape(2, 3, 4)}
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**30, 16, 1])
+def test_a_checkpoint_that_was_written_in_parts_is_orbaxs_too(tmp_path, monkeypatch, chunk_bytes):
+    """Of one chunk for each leaf or of several, whatever the fingerprints were made of."""
+    monkeypatch.setattr("jaxlm.checkpoint.chunks.CHUNK_BYTES", chunk_bytes)
+    (tmp_path / "c").mkdir()
+    write_in_parts(tmp_path / "c", 5, PLAIN)
+    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["5"]
+    assert len(list((tmp_path / "c" / "5" / "state" / "params.a").glob("?.?"))) == (1 if chunk_bytes == 2**30 else 8)
+    for frugal in (False, True):
+        params = Checkpoints(str(tmp_path / "c"), 2, 0, False, frugal=frugal).restore_params(abstract(PLAIN))
+        jax.tree.map(np.testing.assert_array_equal, params, PLAIN)
+    assert fingerprints(PLAIN) == fingerprints(PLAIN, frugal=True)
+    checkpoints = saved(tmp_path, steps=(6, 7))
+    assert checkpoints.steps() == [6, 7], "it counts as one of them"
+
+
+def test_a_frugal_restore_takes_a_chunk_as_it_is(tmp_path, monkeypatch, capsys):
+    """Without Orbax, and its fingerprint is looked at."""
     import orbax.checkpoint as ocp
 
-    saved(tmp_path, frugal=True).close()
+    (tmp_path / "c").mkdir()
+    for step in (1, 2):
+        write_in_parts(tmp_path / "c", step, STATE["params"])
     reader = Checkpoints(str(tmp_path / "c"), 2, 0, False, create=False, frugal=True)
     over_devices = NamedSharding(Mesh(np.array(jax.devices()).reshape(8), ("data",)), PartitionSpec("data"))
     with monkeypatch.context() as patch:
@@ -79,12 +117,6 @@ def test_a_frugal_restore_reads_a_whole_leaf_into_its_place(tmp_path, monkeypatc
         chunk.write_bytes(numbers)
         jax.tree.map(np.testing.assert_array_equal, reader.restore_params(abstract(STATE["params"])), STATE["params"])
         assert "checkpoint 2 is damaged (the numbers of params/a" in capsys.readouterr().err
-    state = {"params": {"a": jax.device_put(STATE["params"]["a"], over_devices)}}
-    cut_up = Checkpoints(str(tmp_path / "cut"), 2, 0, False, frugal=True)
-    cut_up.save(1, state, None, {})
-    cut_up.wait()
-    assert len(list((tmp_path / "cut" / "1" / "state" / "params.a").glob("?.?"))) == 8
-    np.testing.assert_array_equal(cut_up.restore_params({"a": abstract(STATE["params"]["a"])})["a"], STATE["params"]["a"])
 
 
 def damage(folder, how):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_torch_models import make_config
 
+pytestmark = pytest.mark.parity
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -55,12 +55,14 @@ def test_what_a_task_asks_for_stays_and_what_another_model_was_goes():
     assert not config.model.value_residual and config.model.mlp_dim == 3072
 
 
+@pytest.mark.parity("torch", "transformers")
 @pytest.mark.parametrize("size", ["gpt2", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b", "qwen3_30b_a3b", "mixtral_8x7b",
                                   "gemma2_9b", "gemma3_1b", "olmo2_7b", "phi4", "smollm3_3b", "gpt_oss_20b", "deepseek_v2_lite",
                                   "deepseek_v3", "bert_base_uncased", "t5_small", "t5_v1_1_xxl"])
 def test_transformers_counts_the_same(size):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     config = transformers.AutoConfig.for_model(**SIZES[size])
     config.pad_token_id = None
     auto = {"bert": transformers.AutoModelForMaskedLM, "t5": transformers.AutoModelForSeq2SeqLM}

@@ -207,22 +207,26 @@ def test_many_beams_find_the_likeliest_text_of_all():
     np.testing.assert_allclose([h.score * 4 for h in found[:5]], np.sort(total)[::-1][:5], atol=1e-4)
 
 
-def test_greedy_and_beams_are_those_of_transformers():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    for name in ("gpt2", "llama2", "gemma2"):
-        folder = golden(name)[0]
-        _, model, _, params = opened(folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        generator, prompts = Generator(model, 96, 96), [[5, 3, 40], [7, 8, 9, 10, 11]]
-        for prompt in prompts:
-            ask = lambda **k: theirs.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, max_new_tokens=20,  # noqa: B023
-                                              eos_token_id=11, bos_token_id=None, **k)[0, len(prompt):].tolist()  # noqa: B023
-            request = Request(prompt, 20, GREEDY, stop=frozenset({11}))
-            assert written(generator, params, [request])[0] == ask()
-            for beams, penalty in ((3, 1.0), (4, 0.0), (2, 2.0)):
-                best = BeamSearch(generator, beams, penalty).search(params, [request])[0][0].ids
-                theirs_best = ask(num_beams=beams, length_penalty=penalty)
-                assert best == (theirs_best[: theirs_best.index(11)] if 11 in theirs_best else theirs_best), (name, beams)
+@pytest.mark.parity("torch", "transformers")
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama2",
+                                  pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_greedy_and_beams_are_those_of_transformers(name):
+    import torch
+    import transformers
+
+    folder = golden(name)[0]
+    _, model, _, params = opened(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    generator, prompts = Generator(model, 96, 96), [[5, 3, 40], [7, 8, 9, 10, 11]]
+    for prompt in prompts:
+        ask = lambda **k: theirs.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, max_new_tokens=20,  # noqa: B023
+                                          eos_token_id=11, bos_token_id=None, **k)[0, len(prompt):].tolist()  # noqa: B023
+        request = Request(prompt, 20, GREEDY, stop=frozenset({11}))
+        assert written(generator, params, [request])[0] == ask()
+        for beams, penalty in ((3, 1.0), (4, 0.0), (2, 2.0)):
+            best = BeamSearch(generator, beams, penalty).search(params, [request])[0][0].ids
+            theirs_best = ask(num_beams=beams, length_penalty=penalty)
+            assert best == (theirs_best[: theirs_best.index(11)] if 11 in theirs_best else theirs_best), (name, beams)
 
 
 # ---- Text --------------------------------------------------------------------------------------------------------------------

@@ -63,8 +63,7 @@ def blocks():
 
 
 def by_transformers(blocks) -> dict:
-    pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -89,6 +88,7 @@ def test_blocks_are_the_numbers_that_transformers_reads(method, blocks, tmp_path
     assert len(np.unique(np.abs(wanted))) > 100
 
 
+@pytest.mark.parity("torch", "transformers")
 @pytest.mark.parametrize("method", ["mxfp4", "fp8"])
 def test_the_stored_numbers_are_those_of_transformers(method, blocks):
     np.testing.assert_array_equal(by_transformers(blocks)[method], np.load(STORED)[method])

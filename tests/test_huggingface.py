@@ -161,7 +161,8 @@ def exported(folder, to, *overrides, **options):
 
 @pytest.fixture
 def warnings_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     lines = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -181,6 +182,7 @@ def test_a_round_trip_is_bit_equal(name, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"], "something is left beside it"
 
 
+@pytest.mark.parity("torch", "transformers")
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_stored(name, tmp_path, warnings_of_transformers):
     folder, wanted = golden(name)
@@ -192,11 +194,12 @@ def test_transformers_opens_what_is_exported_without_a_warning_and_answers_as_st
         np.testing.assert_allclose(logits[:, :TOKENS], stored, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parity("torch", "transformers")
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_transformers(name, tmp_path):
     """Of the loss of the first text, for every tensor; theirs are saved and read as if they were the model."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    import torch
+
     folder, _ = golden(name)
     _, model, _, params = opened(folder)
     targets = lambda logits: np.roll(text_rows()[0][0], -1)[: logits.shape[0]] % logits.shape[1]
@@ -226,6 +229,7 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     measured(name, "gradient", largest)
 
 
+@pytest.mark.parity("torch", "transformers")
 def test_a_lacking_tensor_would_be_warned_of(tmp_path, warnings_of_transformers):
     """That the test above can fail."""
     folder = copy_of(tmp_path)
@@ -278,8 +282,10 @@ def test_runs_of_other_shapes_go_both_ways(name, tmp_path, capsys):
     assert name != "bert_classes" or values[0]["id2label"] == values[1]["id2label"]
 
 
+@pytest.mark.parity("torch")
 def test_a_bin_is_read_by_its_weights_alone(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     folder = copy_of(tmp_path)
     tensors = {name: torch.from_numpy(t.rows(0, t.shape[0])) for name, t in open_tensors(str(folder)).items()}
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -440,10 +446,13 @@ def test_nothing_is_published_where_the_folder_is_not_the_model(tmp_path, monkey
         exported(folder, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
     monkeypatch.undo()
-    monkeypatch.setattr("jaxlm.huggingface.tensors.os.pwrite", full)
+    monkeypatch.setattr("jaxlm.checkpoint.files.os.pwrite", full)
     with pytest.raises(UserError, match="No space left"):
         exported(folder, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["llama2"]
+    with pytest.raises(UserError, match="saving failed .No space left"):
+        import_run(str(folder), str(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
     monkeypatch.undo()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()

@@ -25,6 +25,7 @@ from jaxlm.train.state import build_model, flatten_paths
 from jaxlm.train.step import build_program
 
 EVERYWHERE = r"(attention|feedforward)\..*"
+MOE = dict(model__feedforward="moe", model__num_experts=4, model__experts_per_token=2)
 DEFAULT = str(pathlib.Path(__file__).parent.parent / "configs" / "default.py")
 
 
@@ -41,16 +42,18 @@ def logits_of_rows(model, params):
 
 
 def perturbed(params):
-    """Adapters that do something: B is zero in a new one."""
+    """Adapters that do something: of a new one, one half is zero."""
     rng = np.random.default_rng(0)
     return jax.tree_util.tree_map_with_path(
-        lambda path, a: jnp.asarray(0.1 * rng.standard_normal(a.shape), a.dtype) if path[-1].key == "lora_b" else a, params)
+        lambda path, a: jnp.asarray(0.1 * rng.standard_normal(a.shape), a.dtype) if "lora" in path[-1].key else a, params)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(model__attention="latent", model__kv_rank=16, model__query_rank=8),
-                                     dict(kernels__fused_projections="always", model__feedforward="swiglu")])
+                                     dict(kernels__fused_projections="always", model__feedforward="swiglu"),
+                                     dict(MOE, model__lora_modules=".*", model__tie_embeddings=False),
+                                     dict(MOE, model__routing="capacity")])
 def test_a_model_with_adapters_is_the_one_they_are_merged_into(changes):
-    c = tiny(model__lora_rank=4, model__lora_modules=EVERYWHERE, **changes)
+    c = tiny(**dict(model__lora_rank=4, model__lora_modules=EVERYWHERE) | changes)
     model = build_model(c, 96, "plain")
     params = perturbed(model.init(jax.random.key(0)))
     _, base, merged = merge_adapters(c, model, params)
@@ -92,11 +95,20 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_moments(changes):
             np.testing.assert_allclose(flatten_paths(state["params"])[path], a, atol=2e-6, err_msg=path)
 
 
+def test_adapters_train_the_same_on_a_mesh():
+    """Those of experts, the embedding and the head too."""
+    adapters = dict(MOE, model__lora_rank=4, model__lora_modules=".*", model__tie_embeddings=False, optimizer__learning_rate=0.01)
+    alone, state, _, _ = run(tiny(**adapters))
+    assert all(np.any(array) for path, array in flatten_paths(state["params"]).items() if "lora" in path), "all have moved"
+    np.testing.assert_allclose(run(tiny(**adapters, mesh__expert=2, mesh__fsdp=2, mesh__tensor=2))[0], alone, rtol=1e-5)
+
+
 def test_the_choice_of_what_trains_is_checked():
     for changes, said in ((dict(optimizer__freeze="heed"), "matches no parameter"), (dict(optimizer__freeze="("), "is no regex"),
                           (dict(optimizer__freeze=".*"), "freezes every parameter"),
                           (dict(model__lora_rank=2, model__lora_modules="q_proj"), "attention.query"),
-                          (dict(model__lora_rank=2, model__lora_modules="("), "is no regex")):
+                          (dict(model__lora_rank=2, model__lora_modules="("), "is no regex"),
+                          (dict(model__lora_rank=2, model__lora_modules=".*", model__tie_embeddings=True), "is the head too")):
         with pytest.raises(UserError, match=said):
             build_model(tiny(**changes), 48, "plain")
 
@@ -149,40 +161,83 @@ def test_what_the_other_model_lacks_must_be_named():
 # ---- PEFT --------------------------------------------------------------------------------------------------------------------
 
 
-def adapted(family, folder, to):
-    """An adapter of every module, written by `save_adapter`. -> (program, the model's parameters)."""
+def adapted(family, folder, to, modules=EVERYWHERE):
+    """An adapter of these modules, written by `save_adapter`. -> (program, the model's parameters)."""
     program, params, _, _ = started(folder, "--config.model.lora_rank=3", "--config.model.lora_alpha=5",
-                                    f"--config.model.lora_modules={EVERYWHERE}")
+                                    f"--config.model.lora_modules={modules}")
     leaves, tree = jax.tree_util.tree_flatten_with_path(program.model.specs, is_leaf=lambda x: hasattr(x, "axes"))
     params = perturbed(tree.unflatten(params.values()))
     config = load(DEFAULT, [f"--config.model.from_pretrained={folder}", "--config.model.lora_rank=3",
-                            "--config.model.lora_alpha=5", f"--config.model.lora_modules={EVERYWHERE}"])
+                            "--config.model.lora_alpha=5", f"--config.model.lora_modules={modules}"])
     save_adapter(str(to), MODEL_TYPES[family], config, program.model, params, folder)
     return program, params
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma2"])
+MODULES = {"llama2": ".*", "gemma2": EVERYWHERE, "gpt_oss": "attention.out|.*experts.*|head", "qwen3_moe": ".*",
+           "deepseek_v3": r"attention\.out|.*experts\.(up|down)"}
+
+
+def family_of(folder) -> str:
+    return json.loads(pathlib.Path(folder, "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt_oss", "qwen3_moe"])
 def test_an_adapter_goes_out_and_in_bit_for_bit(name, tmp_path):
     folder = golden(name)[0]
-    family = json.loads(pathlib.Path(folder, "config.json").read_text())["model_type"]
-    program, params = adapted(family, folder, tmp_path / "adapter")
+    program, params = adapted(family_of(folder), folder, tmp_path / "adapter", MODULES[name])
     again, started_with, _, _ = started(folder, f"--config.model.adapter={tmp_path / 'adapter'}")
     for path, array in flatten_paths(params).items():
         np.testing.assert_array_equal(started_with[path], array, err_msg=path)
     assert again.model.num_trained == sum(a.size for path, a in flatten_paths(params).items() if "lora" in path)
 
 
-def test_peft_opens_the_adapter_and_gives_the_same_logits(tmp_path):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+def logits_by_peft(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(text_rows()[0][:1]).long()).logits[0].numpy()
+
+
+@pytest.mark.parity("torch", "transformers", "peft")
+@pytest.mark.parametrize("name", MODULES)
+def test_peft_opens_the_adapter_and_gives_the_same_logits(name, tmp_path):
+    import peft
     from transformers import AutoModelForCausalLM
 
-    folder = golden("llama2")[0]
-    program, params = adapted("llama", folder, tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(text_rows()[0][:1]).long()).logits[0].numpy()
+    folder = golden(name)[0]
+    program, params = adapted(family_of(folder), folder, tmp_path / "adapter", MODULES[name])
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain = logits_by_peft(base)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    theirs = logits_by_peft(model)
+    assert np.abs(theirs - plain).max() > 0.1
     assert np.abs(logits_of_rows(program.model, params)[0] - theirs).max() < 1e-4
-    assert set(peft.get_peft_model_state_dict(model)) == set(read_safetensors(tmp_path / "adapter" / "adapter_model.safetensors"))
+    kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert set(kept) == set(read_safetensors(tmp_path / "adapter" / "adapter_model.safetensors"))
+    np.testing.assert_allclose(logits_by_peft(model.merge_and_unload()), theirs, atol=1e-4)
+
+
+@pytest.mark.parity("torch", "transformers", "peft")
+@pytest.mark.parametrize("name, targets", [
+    ("llama2", dict(target_modules=["q_proj", "lm_head", "embed_tokens"], use_rslora=True)),
+    ("qwen3_moe", dict(target_modules=r".*self_attn\.v_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    ("gpt_oss", dict(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]))])
+def test_an_adapter_of_pefts_own_is_read(name, targets, tmp_path):
+    """With the embedding and the head that PEFT puts beside theirs."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = golden(name)[0]
+    base, config = AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=3, lora_alpha=5, **targets)
+    model = peft.get_peft_model(base, config).eval()
+    for tensor in model.parameters():
+        if tensor.requires_grad:
+            tensor.data = 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+    model.save_pretrained(str(tmp_path))
+    program, params, _, _ = started(folder, f"--config.model.adapter={tmp_path}")
+    leaves = jax.tree.structure(program.model.specs, is_leaf=lambda x: hasattr(x, "axes"))
+    assert np.abs(logits_of_rows(program.model, leaves.unflatten(params.values()))[0] - logits_by_peft(model)).max() < 1e-4
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path):
@@ -192,12 +247,15 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path):
     values = json.loads(file.read_text())
     for change, said in ((dict(use_dora=True), "use_dora=True is not implemented"), (dict(peft_type="LOHA"), "LORA is read"),
                          (dict(target_modules=["c_attn"]), "llama has"), (dict(r=4), "the model asks for"),
-                         (dict(target_modules=["q_proj"]), "is unknown")):
+                         (dict(target_modules=["q_proj"]), "is unknown"), (dict(rank_pattern={"q_proj": 9}), "has q_proj; here"),
+                         (dict(target_parameters=["mlp.experts.down_proj"]), "those of routed experts are read")):
         file.write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=said):
             started(folder, f"--config.model.adapter={tmp_path / 'adapter'}")
     with pytest.raises(UserError, match="in one tensor with others"):
         adapted("phi3", golden("phi3")[0], tmp_path / "other")
+    with pytest.raises(UserError, match="PEFT takes a feed-forward of this name for the routed experts"):
+        adapted("deepseek_v3", golden("deepseek_v3")[0], tmp_path / "other", r"feedforward\.up")
 
 
 def test_a_run_with_adapters_is_evaluated_resumed_and_converted(tmp_path, jaxlm):

@@ -50,7 +50,7 @@ def test_remote_files_are_read_through_fsspec(config):
 
 
 def test_a_saved_dataset_is_its_files_in_order(config, tmp_path):
-    """The folder as datasets 5 writes it; the real library is asked where it is installed."""
+    """The folder as datasets 5 writes it."""
     import pyarrow
 
     folder = tmp_path / "saved" / "train"
@@ -65,7 +65,12 @@ def test_a_saved_dataset_is_its_files_in_order(config, tmp_path):
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(UserError, match="saved: holds the splits train; give one, such as .*saved/train"):
         find_files(config, "saved", "data.path")
-    datasets = pytest.importorskip("datasets")
+
+
+@pytest.mark.parity("datasets")
+def test_a_dataset_is_read_as_datasets_saves_it(config, tmp_path):
+    import datasets
+
     datasets.Dataset.from_list([{"text": "real", "n": 1}, {"text": "one", "n": 2}]).save_to_disk(str(tmp_path / "real"))
     records = list(read_records(config, find_files(config, "real", "data.path")))
     assert [(r.text, r.fields) for r in records] == [("real", {"n": 1}), ("one", {"n": 2})]

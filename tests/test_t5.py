@@ -28,13 +28,15 @@ OURS = dict(family="encoder_decoder", num_layers=2, encoder_layers=3, embed_dim=
 # ---- Parts ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parity("torch", "transformers")
 @pytest.mark.parametrize("buckets, max_distance", [(32, 128), (16, 40), (8, 20)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_buckets_of_distances(buckets, max_distance, causal):
-    torch = pytest.importorskip("torch")
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
     distance = np.arange(-400, 400)
-    theirs = t5.T5Attention._relative_position_bucket(torch.tensor(distance), not causal, buckets, max_distance)
+    theirs = T5Attention._relative_position_bucket(torch.tensor(distance), not causal, buckets, max_distance)
     np.testing.assert_array_equal(bucket_of(distance, buckets, max_distance, causal), theirs.numpy())
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.parity
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 STEPS = 3
 

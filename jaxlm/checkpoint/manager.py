@@ -7,9 +7,6 @@ Several processes save and restore together, each its own shards. Which steps th
 agree on; process 0 alone makes and moves directories.
 """
 
-import concurrent.futures
-import functools
-import gc
 import itertools
 import json
 import logging
@@ -21,14 +18,11 @@ import sys
 import tempfile
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from jaxlm.checkpoint.chunks import read_one_by_one
+from jaxlm.checkpoint.fingerprints import describe, fingerprints
 from jaxlm.errors import UserError
 from jaxlm.parallel.distributed import gather, is_main, share
-from jaxlm.train.heap import empty
-
-READ_BYTES = 2**24  # of a file, by one thread at once
 
 
 class Checkpoints:
@@ -37,8 +31,7 @@ class Checkpoints:
     Args:
         keep: newest checkpoints kept; keep_every: also keep each multiple of it (0: none); keep_best: also the one with
             the best metrics[metric], by `is_better`.
-        frugal: of host memory. Saving takes little beside the state, but keeps it until it is written; reading takes one leaf
-            after the other. Nothing is compressed: of weights that saves a few percent and takes most of the time.
+        frugal: of host memory: reading takes one leaf after the other.
         create: make the directory and own it; False to read a run that may still be training: nothing is moved or removed.
     """
 
@@ -81,11 +74,7 @@ class Checkpoints:
                 cleanup_tmp_directories=self.create,  # a reader would delete the save that a live run is writing
                 best_fn=self._cost if self.keep_best else None,  # Orbax stores metrics only where this is set
                 best_mode="min", enable_async_checkpointing=True)
-            handlers = {"state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=self.frugal_gb, use_ocdbt=False,
-                                                                save_device_host_concurrent_gb=self.frugal_gb,
-                                                                use_compression=False),
-                        "meta": ocp.JsonCheckpointHandler()} if self.frugal else None
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -129,8 +118,7 @@ class Checkpoints:
 
         if step in self.steps():
             return
-        leaves = describe(state, fingerprints(state, self.frugal))
-        self.frugal_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9  # it must be more than any leaf
+        leaves = describe(state, fingerprints(state))
         try:
             kept = metrics and {name: float(metrics[name]) for name in ("loss", self.metric)}
             self.manager.save(step, metrics=kept, args=ocp.args.Composite(
@@ -270,49 +258,6 @@ class Checkpoints:
                          "the same command again")
 
 
-def read_one_by_one(read, folder: pathlib.Path, abstract):
-    """A tree of nested dicts, each leaf by itself: by `read_chunk`, or `read(tree with it alone, partial=True)`. The largest
-    first: what reading takes beside a leaf's own place is then least where the most is there already."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    found = {}
-    gc.freeze()  # what is there already needs no looking at below
-    for i in sorted(range(len(paths)), key=lambda i: -math.prod(paths[i][1].shape)):
-        keys, leaf = paths[i]
-        found[i] = read_chunk(folder / ".".join(key.key for key in keys), leaf)
-        if found[i] is None:
-            alone = functools.reduce(lambda inner, key: {key.key: inner}, reversed(keys), leaf)
-            found[i] = jax.block_until_ready(jax.tree.leaves(read(alone, partial=True))[0])
-            gc.collect()  # Orbax's futures hold what they have read in cycles
-    gc.unfreeze()
-    return tree.unflatten(found[i] for i in range(len(paths)))
-
-
-def read_chunk(folder: pathlib.Path, leaf):
-    """A leaf that lies there as the one chunk of a Zarr 2 array, as it is in memory: what a frugal save makes of one that is not
-    cut up. It is read into its place, where Orbax would take as much again beside it. None: it lies there otherwise."""
-    chunk, shape = folder / ".".join("0" for _ in leaf.shape or "0"), list(leaf.shape)
-    plain = {"zarr_format": 2, "shape": shape, "chunks": shape, "order": "C", "compressor": None, "filters": None}
-    try:
-        about = json.loads((folder / ".zarray").read_text())
-        if any(about[name] != value for name, value in plain.items()):
-            return None
-        if chunk.stat().st_size != math.prod(shape) * leaf.dtype.itemsize:
-            return None
-    except (OSError, ValueError, KeyError):
-        return None
-    array = empty(leaf.shape, leaf.dtype)
-    numbers = memoryview(array.reshape(-1).view(np.uint8))
-    with open(chunk, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(2) as pool:
-
-        def read(at):
-            piece = numbers[at : at + READ_BYTES]
-            while piece and (count := os.preadv(file.fileno(), [piece], at)):
-                piece, at = piece[count:], at + count
-
-        list(pool.map(read, range(0, len(numbers), READ_BYTES)))
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
-
-
 def base_of(meta: dict) -> dict:
     """What `describe` says of the leaves that a checkpoint leaves out, see `jaxlm.train.base`."""
     return meta["base"] if "base" in meta else {}
@@ -343,74 +288,3 @@ def higher_is_better(metric: str) -> bool:
 def is_exhausted(error: BaseException) -> bool:
     """Out of memory or disk; Orbax's storage layer says so in a ValueError's text."""
     return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "No space left"))
-
-
-def describe(tree, prints=None) -> dict:
-    """{path: {"shape", "dtype"[, "fingerprint"]}} for the leaves."""
-    out = {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        out[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        if prints is not None:
-            out[name]["fingerprint"] = int(prints[i])
-    return out
-
-
-def fingerprints(tree, frugal: bool = False) -> list[int]:
-    """A uint32 per leaf: the sum of its words, each weighted by an odd number that depends on its place. Integer sums
-    do not depend on their order, so every mesh gives the same; one flipped bit always changes it.
-
-    frugal: a piece after the other, where otherwise XLA on a CPU takes as much work space as all leaves.
-    """
-    leaves = jax.tree.leaves(tree)
-    if not frugal:
-        return [int(x) for x in jax.device_get(_fingerprint(leaves))]
-    here = [sum(map(fingerprint_of_shard, leaf.addressable_shards)) for leaf in leaves]
-    return [sum(parts) % 2**32 for parts in zip(*gather(here, "fingerprints"), strict=True)]
-
-
-def _weights(first: int, size: int, axis: int, numpy):
-    """Of the places first ... first + size along an axis."""
-    place = numpy.uint32(first) + numpy.arange(size, dtype=numpy.uint32)
-    return 2 * (place * numpy.uint32(2654435761 >> axis)) + 1
-
-
-def fingerprint_of_shard(shard, piece_bytes: int = 2**20) -> int:
-    """What a shard adds to the fingerprint of its leaf, by NumPy; nothing if it is a copy of another shard."""
-    if shard.replica_id:
-        return 0
-    data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
-    starts = [s.start or 0 for s in shard.index]
-    if not data.ndim:
-        return int(_weighted_sum(data))
-    first, *weights = (_weights(*place, np) for place in zip(starts, data.shape, range(data.ndim), strict=True))
-    step = max(1, piece_bytes * len(data) // max(1, data.nbytes))
-
-    def piece(at):
-        words = np.asarray(data[at : at + step])
-        words = words.astype(np.uint8) if words.dtype == bool else words.view(f"u{words.dtype.itemsize}")
-        words = words.astype(np.uint32, copy=False)
-        for weight in reversed(weights):
-            words = words @ weight
-        return int(words @ first[at : at + step])
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(piece, range(0, len(data), step)))
-
-
-@jax.jit
-def _fingerprint(leaves):
-    return [_weighted_sum(x) for x in leaves]
-
-
-def _weighted_sum(x):
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    bits = jnp.dtype(x.dtype).itemsize * 8
-    words = jax.lax.bitcast_convert_type(x, {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bits]).astype(jnp.uint32)
-    weight = jnp.uint32(1)
-    for axis, size in enumerate(words.shape):  # mixed radix by broadcasting: no flattening, so shards stay in place
-        shape = [1] * words.ndim
-        shape[axis] = size
-        weight = weight * _weights(0, size, axis, jnp).reshape(shape)
-    return jnp.sum(words * weight, dtype=jnp.uint32)

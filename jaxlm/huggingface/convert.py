@@ -8,27 +8,24 @@ import os
 import pathlib
 import shutil
 
-import numpy as np
+import jax
 
+from jaxlm.checkpoint.chunks import StepWriter
 from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.config import fingerprint
-from jaxlm.data.feed import put_everywhere
 from jaxlm.data.tokenizers import HuggingFaceTokenizer
 from jaxlm.errors import UserError
 from jaxlm.huggingface.adapter import merge_adapters, save_adapter
 from jaxlm.huggingface.hub import local_folder
-from jaxlm.huggingface.load import is_hugging_face, load_params, open_source
+from jaxlm.huggingface.load import find, is_hugging_face, open_source, write_params
 from jaxlm.huggingface.save import config_extras, save
 from jaxlm.huggingface.tensors import parse_json
-from jaxlm.kernels.attention import choose_backend
 from jaxlm.models.families.family import MODEL_TYPES, family_of
 from jaxlm.observe.throughput import peak_process_bytes
-from jaxlm.parallel import target
 from jaxlm.parallel.distributed import is_main, share
-from jaxlm.parallel.rules import replicated
-from jaxlm.train.restore import config_of_run, mesh_here, open_run
+from jaxlm.train.restore import config_of_run, open_run
 from jaxlm.train.rundir import open_run_directory
-from jaxlm.train.state import build_model, size_of, spec_leaves
+from jaxlm.train.state import build_model, flatten_paths, size_of
 
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
@@ -47,26 +44,26 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     config, vocab_size = source.config, source.config.model.vocab_size
     config.data.tokenizer = tokenizer_of(folder, workdir, vocab_size)
     config.data.source = "files" if config.data.tokenizer != "byte" else "synthetic"
-    backend, _ = choose_backend(config, target.platform())
-    model, mesh = build_model(config, vocab_size, backend), mesh_here(config, vocab_size, overrides)
-    params = load_params(source, model, mesh)
-    peak = peak_process_bytes()
-    checkpoints = None
+    model = build_model(config, vocab_size, "plain")
+    specs = flatten_paths(model.specs)
+    places, found = find(source, specs)
+    share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
+    share(lambda: keep_files(folder, workdir), "files beside the weights")
+    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False)
+    checkpoints.require_room([jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs.values()])
+    writer = StepWriter(checkpoints.directory, 0)
     try:
-        share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
-        share(lambda: keep_files(folder, workdir), "files beside the weights")
-        checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False, frugal=True)
-        checkpoints.require_room(params)
-        checkpoints.save(0, {"step": put_everywhere(np.int32(0), replicated(mesh)), "params": params}, None,
-                         {"fingerprint": fingerprint(config), "step": 0})
-        checkpoints.wait()
+        prints = write_params(specs, places, found, writer)
+        leaves = {f"params/{path}": {"shape": list(spec.shape), "dtype": str(spec.dtype), "fingerprint": prints[path]}
+                  for path, spec in specs.items()}
+        writer.publish({"fingerprint": fingerprint(config), "step": 0, "leaves": leaves})
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: saving failed ({error.strerror}); free space or choose another") from error
     finally:
-        if checkpoints:
-            checkpoints.close()
-    size = sum(size_of(s) * s.dtype.itemsize for s in spec_leaves(model.specs))
+        writer.abandon()
+    size = sum(size_of(s) * s.dtype.itemsize for s in specs.values())
     say(f"{workdir}: {source.family.model_type}, {model.num_parameters:,} parameters in {config.model.param_dtype} "
-        f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak / 1e9:.2f} GB when read, "
-        f"{peak_process_bytes() / 1e9:.2f} GB when saved")
+        f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak_process_bytes() / 1e9:.2f} GB")
 
 
 def check_empty(workdir: str) -> None:

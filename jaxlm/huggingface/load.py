@@ -1,4 +1,4 @@
-"""Hugging Face -> jaxlm: tensors are streamed from the files straight into arrays on the mesh."""
+"""Hugging Face -> jaxlm: tensors are streamed from the files straight into arrays on the mesh, or into a checkpoint."""
 
 import concurrent.futures
 import json
@@ -11,14 +11,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.checkpoint.chunks import StepWriter
+from jaxlm.checkpoint.fingerprints import fingerprint_of
 from jaxlm.config import apply_overrides, import_parts, resolve
 from jaxlm.errors import UserError
 from jaxlm.huggingface.hub import local_folder
 from jaxlm.huggingface.mapping import match_names, places_of, tensors_of
 from jaxlm.huggingface.quantized import dequantized
-from jaxlm.huggingface.tensors import PIECE_BYTES, THREADS, as_bits, copy_over, open_tensors, parse_json
+from jaxlm.huggingface.tensors import GATHERED_BYTES, PIECE_BYTES, THREADS, as_bits, copy_over, open_tensors, parse_json
 from jaxlm.models.families.family import Family, apply, read_config
-from jaxlm.train.heap import empty, give_back_freed_memory
+from jaxlm.parallel.distributed import gather, num_processes, process_id
+from jaxlm.train.heap import Scratch, empty, give_back_freed_memory
 from jaxlm.train.state import Model, flatten_paths, is_spec, parameter_shardings, size_of
 from jaxlm.validation import validate
 
@@ -100,6 +103,32 @@ def load_params(source: Source, model: Model, mesh, vocab_size: int = 0, spare=f
     return jax.tree.structure(model.specs, is_leaf=is_spec).unflatten(loaded[path] for path in specs)
 
 
+def write_params(specs: dict, places: dict, found: dict, step: StepWriter) -> dict[str, int]:
+    """The parameters, of which `find` told, into a checkpoint; several processes share them out. -> {path: fingerprint}. In host
+    memory there is one layer's part of a parameter for each of THREADS."""
+    mine = sorted(specs, key=lambda path: -size_of(specs[path]))[process_id() :: num_processes()]
+    scratch, prints = Scratch(), {}
+
+    def write(path, leaf, number, at):
+        place, here = places[path], scratch.array(places[path].layout.here, specs[path].dtype)
+        fill(place, found[place.name_of(at)], here)
+        leaf.write(here, number * here.nbytes)
+        return fingerprint_of(here[(None,) * len(at)], (*at, *[0] * here.ndim))
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, concurrent.futures.ThreadPoolExecutor(1) as disk:
+        parts, synced = {}, []
+        for path in mine:
+            leaf = step.leaf(("params", *path.split("/")), specs[path].shape, specs[path].dtype)
+            each = np.ndindex(*specs[path].shape[: places[path].num_named])
+            parts[path] = leaf, [pool.submit(write, path, leaf, number, at) for number, at in enumerate(each)]
+        for path, (leaf, futures) in parts.items():
+            prints[path] = sum(future.result() for future in futures) % 2**32
+            synced.append(disk.submit(leaf.sync))  # while the others are written
+        for future in synced:
+            future.result()
+    return {path: number for of in gather(prints, "parameters written") for path, number in of.items()}
+
+
 def find(source: Source, specs: dict, vocab_size: int = 0, spare=frozenset()) -> tuple[dict, dict]:
     """-> ({path: Place}, {name: tensor}) of the parameters `specs`."""
     places = places_of(source.family, specs, source.config, vocab_size or specs["embedding"].shape[0])
@@ -109,12 +138,12 @@ def find(source: Source, specs: dict, vocab_size: int = 0, spare=frozenset()) ->
 def has_params(source: Source, model: Model, numbers, threads: int = THREADS) -> bool:
     """Whether `load_params` would give, bit for bit, the parameters of which `numbers` tells: (path, index in its stacked axes)
     -> an array. With one thread it is asked for all of them, always in the same order."""
-    specs = flatten_paths(model.specs)
+    specs, scratch = flatten_paths(model.specs), Scratch()
     places, found = find(source, specs)
     each = ((path, at) for path, place in places.items() for at in np.ndindex(*specs[path].shape[: place.num_named]))
 
     def is_same(path, at):
-        return is_filled(places[path], found[places[path].name_of(at)], numbers(path, at))
+        return is_filled(places[path], found[places[path].name_of(at)], numbers(path, at), scratch)
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         return all(list(pool.map(is_same, *zip(*each, strict=True))))
@@ -156,23 +185,23 @@ def fill(place, tensor, here: np.ndarray) -> None:
             as_bits(there)[at] = as_bits(piece)
 
 
-def is_filled(place, tensor, here: np.ndarray) -> bool:
+def is_filled(place, tensor, here: np.ndarray, scratch: Scratch) -> bool:
     """Whether `here` is, bit for bit, what `fill` would make it."""
     there = place.layout.as_there(here)
-    for at, piece in pieces(place, tensor, here.dtype):
-        live = np.empty(piece.shape, piece.dtype)
+    for at, piece in pieces(place, tensor, here.dtype, GATHERED_BYTES):
+        live = scratch.array(piece.shape, piece.dtype)
         copy_over(live, as_bits(there)[at].view(piece.dtype))
         if not np.array_equal(as_bits(live), as_bits(piece)):
             return False
     return True
 
 
-def pieces(place, tensor, dtype: np.dtype):
+def pieces(place, tensor, dtype: np.dtype, size: int = PIECE_BYTES):
     """Of the part of a tensor that `place` tells: (index among its axes as they are there, numbers)."""
     first_places, *others = place.layout.places
     count, inner = place.layout.axes[0], tensor.shape[0] // place.whole[0]  # rows of the tensor in one step along the first axis
     skipped = place.start if place.axis == 0 else 0
-    step = max(1, PIECE_BYTES // max(1, math.prod(place.whole[1:]) * tensor.dtype.itemsize))
+    step = max(1, size // max(1, math.prod(place.whole[1:]) * tensor.dtype.itemsize))
     for first in range(0, count, step):
         last = min(first + step, count)
         piece = tensor.rows((skipped + first) * inner, (skipped + last) * inner).reshape(-1, *place.whole[1:])

@@ -1,5 +1,6 @@
 """jaxlm -> Hugging Face: a whole folder, read again and compared with the live model before it gets its name."""
 
+import concurrent.futures
 import functools
 import math
 import os
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlm.checkpoint.files import sync
 from jaxlm.config import layer_period
 from jaxlm.errors import UserError
 from jaxlm.huggingface.load import has_params, load_params, open_source
@@ -27,8 +29,10 @@ from jaxlm.train.rundir import write_json
 from jaxlm.train.state import build_model, flatten_paths
 
 SHARD_BYTES = 5 * 10**9
-CHECKED_TOKENS = 64
+CHECKED_TOKENS = 16
 TOLERANCE = 1e-5  # of the largest logit
+# XLA on a CPU multiplies bfloat16 in float32, and would make numbers of that of all layers before the loop over them.
+LAYER_BY_LAYER = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 HEADS = {"pooled": "pooler", "classes": "classifier"}  # method of an encoder: the part that it needs
 
 
@@ -63,22 +67,39 @@ def save(folder: str, family: Family, config, model, params, mesh, extras: dict,
                for name, t in tensors_of(places, specs).items()]
     threads = 1 if num_processes() > 1 else THREADS  # several processes send each other the tensors, all in the same order
     temporary = target_folder.with_name(f".{target_folder.name}.tmp{share(os.getpid, 'process id')}")
-    try:
-        if is_main():
-            temporary.mkdir(parents=True)
-            need, free = sum(t.bytes for t in planned), shutil.disk_usage(temporary).free
-            if free < need:
-                raise UserError(f"--to={folder}: takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space or "
-                                "choose another place")
-            write_shards(temporary, planned, shard_bytes, threads)
-            for name, contents in files.items():
-                (temporary / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
-            write_json(temporary / "config.json", values)
-        else:
+
+    def write():
+        if not is_main():
             for tensor in planned:
                 tensor.make()
-        gather(None, "written")
-        difference = compare(str(temporary), config, params, mesh, numbers, threads)
+            return
+        temporary.mkdir(parents=True)
+        need, free = sum(t.bytes for t in planned), shutil.disk_usage(temporary).free
+        if free < need:
+            raise UserError(f"--to={folder}: takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space or choose "
+                            "another place")
+        write_shards(temporary, planned, shard_bytes, threads, lambda path: disk.submit(sync, path))
+        for name, contents in files.items():
+            (temporary / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        write_json(temporary / "config.json", values)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as beside, concurrent.futures.ThreadPoolExecutor(1) as disk:
+            writing = beside.submit(write)
+            if num_processes() > 1:
+                writing.result()  # what the processes send each other has one order
+            length = min(CHECKED_TOKENS, config.seq_len)
+            model, answers = build_answers(config, specs["embedding"].shape[0], mesh, length)
+            live = answers(params)
+            give_back_freed_memory()
+            if not all(np.isfinite(logits).all() for logits in live):
+                raise UserError("the model's own logits are not finite; nothing was published")
+            writing.result()
+            gather(None, "written")
+            synced = [disk.submit(sync, path) for path in temporary.iterdir()] if is_main() else []
+            difference = compare(str(temporary), config, model, answers, live, params, mesh, numbers, threads)
+            for path in synced:
+                path.result()
         gather(None, "compared")
         if is_main():
             if target_folder.exists():
@@ -104,57 +125,51 @@ def type_there(array, param_dtype: str):
     return wanted if exact else array.dtype
 
 
-def compare(folder: str, config, params, mesh, numbers, threads: int) -> float:
+def build_answers(config, vocab_size: int, mesh, length: int):
+    """-> (model, params -> what each of its heads answers to so many tokens). Its layers are in a loop, if they can be: XLA on a
+    CPU may hold work space for all unrolled ones at once."""
+    config = config.copy_and_resolve_references()
+    m = config.model
+    m.scan_layers = (m.num_layers - m.first_dense_layers) % layer_period(m) == 0
+    model = build_model(config, vocab_size, choose_backend(config, target.platform())[0])
+    shape = math.prod(mesh.shape[axis] for axis in BATCH), length
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
+
+    def run(params, tokens):
+        module = nnx.merge(model.graph, params)
+        about = {"memory": module.encode(tokens)} if hasattr(module, "encode") else {}
+        x_BTD = module.hidden(tokens, **about)[0]
+        heads = [getattr(module, head) for head, part in HEADS.items() if hasattr(module, part)]
+        return [head(x_BTD) for head in (module.logits, *heads)]
+
+    compiled = jit(mesh, run, out_shardings=replicated(mesh), compiler_options=LAYER_BY_LAYER)
+    return model, lambda params: [np.asarray(answer.addressable_data(0)) for answer in compiled(params, tokens)]
+
+
+def compare(folder: str, config, model, answers, live: list, params, mesh, numbers, threads: int) -> float:
     """The largest difference between the logits of `folder`, read as anybody's, and the live model's: none where it is the same
     program and every parameter the same, bit for bit. Else `params` are deleted, as those that are read take their place.
 
-    numbers: of `params`, as `has_params` asks for them. Raises UserError: it is more than rounding, or they are not finite.
+    model, answers: of `build_answers`; live: what it answered. numbers: of `params`, as `has_params` asks for them. Raises
+    UserError: the difference is more than rounding.
     """
     again = open_source(folder)
     for key in ("compute_dtype", "param_dtype"):
         again.config.model[key] = config.model[key]
     again.config.seq_len = max(again.config.seq_len, config.seq_len)  # which longrope looks at
-    vocab_size = flatten_paths(params)["embedding"].shape[0]
-    live, other = (model_to_compare(c, vocab_size) for c in (config, again.config))
-    shape = math.prod(mesh.shape[axis] for axis in BATCH), min(CHECKED_TOKENS, config.seq_len)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
-
-    def program(model):
-        def answers(params, tokens):
-            module = nnx.merge(model.graph, params)
-            about = {"memory": module.encode(tokens)} if hasattr(module, "encode") else {}
-            x_BTD = module.hidden(tokens, **about)[0]
-            heads = [getattr(module, head) for head, part in HEADS.items() if hasattr(module, part)]
-            return [head(x_BTD) for head in (module.logits, *heads)]
-
-        compiled = jit(mesh, answers, out_shardings=replicated(mesh))
-        return lambda params: [np.asarray(answer.addressable_data(0)) for answer in compiled(params, tokens)]
-
-    answers_of_live = program(live)
-    mine = answers_of_live(params)
-    give_back_freed_memory()
-    if not all(np.isfinite(ours).all() for ours in mine):
-        raise UserError("the model's own logits are not finite; nothing was published")
-    same_program = other.graph == live.graph
-    if same_program and all(gather(has_params(again, other, numbers, threads), "whether it is the same")):
-        return 0.0
-    answers_of_other = answers_of_live if same_program else program(other)
+    other, answers_of_other = build_answers(again.config, flatten_paths(params)["embedding"].shape[0], mesh, live[0].shape[1])
+    if other.graph == model.graph:
+        if all(gather(has_params(again, other, numbers, threads), "whether it is the same")):
+            return 0.0
+        answers_of_other = answers
     theirs = answers_of_other(load_params(again, other, mesh, instead_of=params))
     differences = []
-    for ours, others in zip(mine, theirs, strict=True):
+    for ours, others in zip(live, theirs, strict=True):
         differences.append(float(np.abs(ours - others).max()))
         if not differences[-1] <= TOLERANCE * float(np.abs(ours).max()):
             raise UserError(f"the written folder's logits differ from the model's by {differences[-1]:.2e}; nothing was "
                             "published. This is a defect of the family's table: please report it")
     return max(differences)
-
-
-def model_to_compare(config, vocab_size: int):
-    """Its layers in a loop, if they can be: XLA on a CPU may hold work space for all unrolled ones at once."""
-    config = config.copy_and_resolve_references()
-    m = config.model
-    m.scan_layers = (m.num_layers - m.first_dense_layers) % layer_period(m) == 0
-    return build_model(config, vocab_size, choose_backend(config, target.platform())[0])
 
 
 def config_extras(values: dict) -> dict:

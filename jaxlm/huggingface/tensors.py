@@ -11,13 +11,17 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxlm.checkpoint.files import write_at
 from jaxlm.errors import UserError
+from jaxlm.train.heap import Scratch
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
           "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}  # the last two: of `quantized`
 OTHER_DTYPES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "F8_E5M2": 1}
 LONGEST_HEADER = 100_000_000
-PIECE_BYTES = 2**18  # of a tensor, brought into another order of axes at once: they stay in a core's cache
+PIECE_BYTES = 2**18  # of a tensor, brought into the order of axes of here at once: they stay in a core's cache
+GATHERED_BYTES = 2**21  # of a parameter, brought into the order of there: the rows that they are taken from are then long
+GROWN_BYTES = 2**27
 THREADS = 2  # that read or write tensors: one waits for the disk, one changes the order of axes
 LINE_BYTES = 64  # of a processor's cache
 
@@ -194,9 +198,10 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int, threads: int = THREADS) -> None:
+def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int, threads: int = THREADS,
+                 grown=lambda path: None) -> None:
     """model.safetensors, or shards of at most `shard_bytes` and their index. One thread makes them in the order of
-    `planned`."""
+    `planned`. grown: is told of a file that has GROWN_BYTES more, so that they go to the disk while the rest is made."""
     shards = [[]]
     for tensor in planned:
         if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
@@ -205,14 +210,14 @@ def write_shards(folder: pathlib.Path, planned: list[Planned], shard_bytes: int,
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard, threads)
+        write_file(folder / name, shard, threads, grown)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.bytes for t in planned)},
                  "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: pathlib.Path, shard: list[Planned], threads: int) -> None:
+def write_file(path: pathlib.Path, shard: list[Planned], threads: int, grown=lambda path: None) -> None:
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for t in shard:
@@ -220,22 +225,23 @@ def write_file(path: pathlib.Path, shard: list[Planned], threads: int) -> None:
         end += t.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    scratch, begin = Scratch(), 8 + len(text)
     with open(path, "wb") as file, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
 
         def write(t):
-            array, place = t.make(), 8 + len(text) + header[t.name]["data_offsets"][0]
-            step = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
+            array, place = t.make(), begin + header[t.name]["data_offsets"][0]
+            step = max(1, GATHERED_BYTES * len(array) // max(1, array.nbytes))
             for at in range(0, len(array), step):
-                numbers = array[at : at + step].astype(t.dtype, copy=False)
-                piece = np.empty(numbers.shape, t.dtype)
-                copy_over(piece, numbers)
-                numbers = memoryview(piece.reshape(-1).view(np.uint8))
-                while numbers:
-                    done = os.pwrite(file.fileno(), numbers, place)
-                    numbers, place = numbers[done:], place + done
+                piece = array[at : at + step].astype(t.dtype, copy=False)
+                if not piece.flags.c_contiguous:
+                    numbers, piece = piece, scratch.array(piece.shape, t.dtype)
+                    copy_over(piece, numbers)
+                write_at(file.fileno(), piece, place)
+                place += piece.nbytes
 
-        for _ in pool.map(write, shard):
-            pass  # an error of a thread comes out here
-        os.fsync(file.fileno())
+        for t, _ in zip(shard, pool.map(write, shard), strict=True):  # an error of a thread comes out here
+            start, end = header[t.name]["data_offsets"]
+            if start // GROWN_BYTES < end // GROWN_BYTES:
+                grown(path)

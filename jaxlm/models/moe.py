@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
+from jaxlm.models.dense import adapter, adapter_scale
 from jaxlm.models.feedforward import FEEDFORWARDS, FORMS, FeedForward, activate
 from jaxlm.models.parameter import constant, parameter
 from jaxlm.parallel import target
@@ -116,11 +117,14 @@ class Experts(nnx.Module):
         E, D, F = m.num_experts, m.embed_dim, m.mlp_dim
         self.number = E
         self.activation, gated = FORMS[m.expert_form]
+        self.adapter_scale = adapter_scale(m)
         self.backend, _ = choose_grouped_matmul(config, target.platform())
         share = m.experts_per_token / E
         for name in ("up", "gate", "down") if gated else ("up", "down"):
             shape, init = ((E, F, D), inits.output(F)) if name == "down" else ((E, D, F), inits.hidden(D))
-            made = nnx.Dict(kernel=parameter(rngs, shape, KERNEL_AXES[name], init, m.param_dtype, num_inputs=1, share=share))
+            axes, module = KERNEL_AXES[name], f"feedforward.experts.{name}"
+            made = nnx.Dict(kernel=parameter(rngs, shape, axes, init, m.param_dtype, num_inputs=1, share=share),
+                            **adapter(m, rngs, module, shape[1:2], shape[2:], axes, (E,), share))
             if m.mlp_bias:
                 made["bias"] = parameter(rngs, (E, shape[-1]), KERNEL_AXES[f"{name}_bias"], constant(0.0), m.param_dtype,
                                          share=share)
@@ -128,25 +132,33 @@ class Experts(nnx.Module):
 
     @property
     def kernels(self) -> dict:
-        """And biases, by the names of `KERNEL_AXES`."""
+        """And biases and adapters, by the names of `KERNEL_AXES`."""
         layers = {name: getattr(self, name) for name in ("up", "gate", "down") if hasattr(self, name)}
-        biases = {f"{name}_bias": layer["bias"][...] for name, layer in layers.items() if "bias" in layer}
-        return {name: layer["kernel"][...] for name, layer in layers.items()} | biases
+        name_of = lambda name, part: name if part == "kernel" else f"{name}_{part}"
+        return {name_of(name, part): value[...] for name, layer in layers.items() for part, value in layer.items()}
 
     def hidden(self, product, kernels):
         """product: name of a kernel -> x times it."""
         gate = (product("gate"),) if "gate" in kernels else ()
         return activate(self.activation, *gate, product("up"))
 
+    def adapt(self, name: str, kernels: dict, y, x, multiply):
+        """y, the product of x with the kernel `name`, with its adapter's added to it. multiply: (name, kernel, x) -> product."""
+        if f"{name}_lora_a" not in kernels:
+            return y
+        low = multiply(f"{name}_lora_a", kernels[f"{name}_lora_a"], x)
+        return y + multiply(f"{name}_lora_b", kernels[f"{name}_lora_b"], low) * self.adapter_scale
+
     def run(self, rows_XD, sizes_E, kernels):
         """Rows in the order of their experts, sizes_E of each; see `grouped_matmul`."""
 
         @partial(jax.checkpoint, static_argnums=0)  # the gradient gathers the kernel again, rather than keep it whole
         def multiply(name, kernel, rows):
-            return grouped_matmul(rows, gather(name, kernel.astype(rows.dtype)), sizes_E, backend=self.backend)
+            backend = "ragged_dot" if "lora" in name and self.backend == "gmm" else self.backend  # a rank is no whole tile
+            return grouped_matmul(rows, gather(name, kernel.astype(rows.dtype)), sizes_E, backend=backend)
 
         def product(name, rows):
-            y = multiply(name, kernels[name], rows)
+            y = self.adapt(name, kernels, multiply(name, kernels[name], rows), rows, multiply)
             bias = f"{name}_bias"
             return y + bias_of_rows(bias, kernels[bias].astype(y.dtype), sizes_E, len(y)) if bias in kernels else y
 
@@ -171,9 +183,13 @@ class Experts(nnx.Module):
         lay = lambda a, last: constrain(a, "expert", "expert_batch", None, last)
         x_EBCD = lay(jnp.einsum("BTEC,BTD->EBCD", send_BTEC.astype(x_BTD.dtype), x_BTD), None)
         add_bias = lambda name, y: y + kernels[name][:, None, None] if name in kernels else y
-        up = lambda name: add_bias(f"{name}_bias", jnp.einsum("EBCD,EDF->EBCF", x_EBCD, kernels[name]))
-        h_EBCF = self.hidden(lambda name: lay(up(name), "mlp"), kernels)
-        y_EBCD = lay(add_bias("down_bias", jnp.einsum("EBCF,EFD->EBCD", h_EBCF, kernels["down"])), None)
+        multiply = lambda name, kernel, x: jnp.einsum("EBCD,EDF->EBCF", x, kernel)
+
+        def product(name, x):
+            return add_bias(f"{name}_bias", self.adapt(name, kernels, multiply(name, kernels[name], x), x, multiply))
+
+        h_EBCF = self.hidden(lambda name: lay(product(name, x_EBCD), "mlp"), kernels)
+        y_EBCD = lay(product("down", h_EBCF), None)
         back_BTEC = jnp.where(send_BTEC, weight_BTE[..., None], 0).astype(x_BTD.dtype)
         return constrain(jnp.einsum("BTEC,EBCD->BTD", back_BTEC, y_EBCD), "batch", "seq", None)
 

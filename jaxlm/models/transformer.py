@@ -7,11 +7,12 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxlm.config import is_off
+from jaxlm.errors import UserError
 from jaxlm.kernels.embedding import choose_embedding_gradient, look_up
 from jaxlm.kernels.matmul import dense
 from jaxlm.models.attention import ATTENTIONS
 from jaxlm.models.block import Block, Context, drop, fold_in, hide, layer_kinds, residual
-from jaxlm.models.dense import Dense
+from jaxlm.models.dense import Dense, adapter_scale, is_adapted
 from jaxlm.models.ngrams import NgramEmbedding
 from jaxlm.models.norms import NoNorm, build_norm
 from jaxlm.models.parameter import constant, normal, parameter
@@ -51,6 +52,14 @@ class Transformer(nnx.Module):
         self.vocab_size = vocab_size
         self.embedding = parameter(rngs, (vocab_size, m.embed_dim), ("vocab", "embed"), normal(m.init_std),
                                    m.param_dtype)
+        if is_adapted(m, "embedding"):
+            if m.tie_embeddings:
+                raise UserError("model.lora_modules: the embedding is the head too (model.tie_embeddings), and an adapter would "
+                                "change one of them alone; leave it out, or set model.tie_embeddings=False")
+            self.embedding_adapter = nnx.Dict(  # which PEFT begins the other way round: A is zero
+                lora_a=parameter(rngs, (vocab_size, m.lora_rank), ("vocab", None), constant(0.0)),
+                lora_b=parameter(rngs, (m.lora_rank, m.embed_dim), (None, "embed"), normal(1.0), num_inputs=1))
+            self.adapter_scale = adapter_scale(m)
         if m.ngram_max > 1:
             self.ngrams = NgramEmbedding(config, vocab_size, rngs)
         if m.token_types:
@@ -68,8 +77,7 @@ class Transformer(nnx.Module):
                                     normal(m.init_std), m.mlp_bias)
         elif not m.tie_embeddings:
             init = constant(0.0) if m.zero_init_proj else normal(m.init_std)
-            self.head = nnx.Dict(kernel=parameter(rngs, (m.embed_dim, vocab_size), ("embed", "vocab"), init,
-                                                  m.param_dtype, num_inputs=1))
+            self.head = Dense(config, rngs, "head", (m.embed_dim,), (vocab_size,), ("embed", "vocab"), init)
 
     def hidden(self, tokens_BT, positions_BT=None, segment_ids_BT=None, keys_B=None, cache=None, cache_index=0,
                token_types_BT=None, memory=None, prefix_BS=None):
@@ -126,8 +134,13 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BT):
         """-> x_BTD in the parameter type, to be cast after: a bfloat16 scatter-add in the backward pass is slow and inexact."""
         # On a mesh the table is gathered over `embed` first: looking rows up in a table cut that way would move the batch.
-        return look_up(constrain(self.embedding[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
-                       cotangent_dtype=self.compute_dtype)
+        rows = lambda table: look_up(constrain(table[...], "vocab", None), tokens_BT, backend=self.embedding_gradient,
+                                     cotangent_dtype=self.compute_dtype)
+        x_BTD = rows(self.embedding)
+        if hasattr(self, "embedding_adapter"):
+            lora_a, lora_b = self.embedding_adapter["lora_a"], self.embedding_adapter["lora_b"][...]
+            x_BTD = x_BTD + dense(rows(lora_a), lora_b) * self.adapter_scale
+        return x_BTD
 
     def token_keys(self, keys_B, length: int):
         """-> keys_BT of dropout, one a token; None where it is off."""
@@ -186,6 +199,10 @@ class Transformer(nnx.Module):
         if self.value_residual and value is None:
             value = jnp.zeros((*x_BTD.shape[:2], *self.value_shape), x_BTD.dtype)
 
+        def run_layer(carry, layers):
+            x, value, out = block(*carry, layers, None, self.pattern[0])
+            return (x, value), out
+
         def run_period(carry, xs_P):
             (x, value), outs = carry, []
             for i, kind in enumerate(self.pattern):
@@ -194,6 +211,9 @@ class Transformer(nnx.Module):
             return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
+        if period == 1:  # of a bfloat16 stack with one more axis, XLA on a CPU makes a copy
+            (x_BTD, value), out = jax.lax.scan(run_layer, (x_BTD, value), xs, unroll=self.scan_unroll)
+            return value, x_BTD, *out
         xs = jax.tree.map(lambda a: row_major(a.reshape(-1, period, *a.shape[1:])), xs)
         (x_BTD, value), out = jax.lax.scan(run_period, (x_BTD, value), xs, unroll=self.scan_unroll)
         return value, x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
@@ -207,7 +227,7 @@ class Transformer(nnx.Module):
     @property
     def head_kernel(self):
         """(D, V): the transposed embedding where tied; with what scales logits in it."""
-        kernel = self.head["kernel"][...] if hasattr(self, "head") else self.embedding[...].T
+        kernel = self.head.weights() if hasattr(self, "head") else self.embedding[...].T
         return kernel if self.logit_scale == 1.0 else kernel * self.logit_scale
 
     def logits(self, x_BTD):

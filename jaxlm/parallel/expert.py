@@ -18,6 +18,9 @@ from jaxlm.parallel.rules import mesh_size, on_a_mesh, spec_of_axes
 AXIS = "expert"
 SLACK = 2.0
 KERNEL_AXES = {"up": ("expert", "embed", "mlp"), "gate": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed"),
+               "up_lora_a": ("expert", "embed", None), "up_lora_b": ("expert", None, "mlp"),
+               "gate_lora_a": ("expert", "embed", None), "gate_lora_b": ("expert", None, "mlp"),
+               "down_lora_a": ("expert", "mlp", None), "down_lora_b": ("expert", None, "embed"),
                "up_bias": ("expert", "mlp"), "gate_bias": ("expert", "mlp"), "down_bias": ("expert", None)}
 
 
@@ -26,7 +29,8 @@ def dispatch(run, x_BTD, choices_BTK, weights_BTK, kernels: dict):
 
     run: (rows_XD, sizes_E, kernels) -> rows_XD: rows in the order of their experts through those experts, kernels by `gather`.
     choices_BTK: expert of each choice; the number of experts (one too many) where a token goes to none and zeros come back.
-    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}, and biases "up_bias": (E, F), ... where there are any.
+    kernels: {"up": (E, D, F), "down": (E, F, D)[, "gate": (E, D, F)]}, and biases "up_bias": (E, F), ... and adapters
+        "up_lora_a": (E, D, R), "up_lora_b": (E, R, F), ... where there are any.
     """
     if not on_a_mesh():
         return combine(through_own(run, x_BTD, choices_BTK, kernels), weights_BTK).astype(x_BTD.dtype)
@@ -62,7 +66,7 @@ def best_groups(preferred_BTE, groups: int, kept: int, best: int):
 
 def gather(name: str, kernel):
     """A kernel whole in `embed`, where `run` needs it. To be undone by a checkpoint: FSDP keeps no gathered kernels."""
-    if mesh_size("fsdp") == 1:
+    if mesh_size("fsdp") == 1 or "embed" not in KERNEL_AXES[name]:
         return kernel
     return jax.lax.all_gather(kernel, "fsdp", axis=KERNEL_AXES[name].index("embed"), tiled=True)
 

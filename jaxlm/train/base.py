@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.checkpoint.manager import describe, fingerprints
+from jaxlm.checkpoint.fingerprints import describe, fingerprints
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import choose_backend
 from jaxlm.parallel import target

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxlm.checkpoint.manager import Checkpoints, fingerprints
+from jaxlm.checkpoint.fingerprints import fingerprints
+from jaxlm.checkpoint.manager import Checkpoints
 from jaxlm.data.tokenizer_files import open_tokenizer
 from jaxlm.data.tokenizers import TOKENIZERS
 from jaxlm.errors import UserError

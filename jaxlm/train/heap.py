@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import mmap
 import os
+import threading
 
 import numpy as np
 
@@ -53,3 +54,16 @@ def empty(shape, dtype: np.dtype) -> np.ndarray:
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+class Scratch(threading.local):
+    """Room for an array of each thread, taken again for the next: new pages may cost more than what is done with them."""
+
+    def __init__(self):
+        self.memory = empty([0], np.dtype(np.uint8))
+
+    def array(self, shape, dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self.memory):
+            self.memory = empty([size], np.dtype(np.uint8))
+        return self.memory[:size].view(dtype).reshape(shape)

@@ -37,7 +37,7 @@ def pretrained_params(program, config, fresh):
         from jaxlm.models.families import read_folder
 
         family, _ = read_folder(hugging_face_folder(folder))
-        params = with_part(params, read_adapter(config, program.model, program.mesh, family))
+        params = with_part(params, read_adapter(config, program.model, program.mesh, family, params))
     return params, lines
 
 

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.quantized import MODULES
 from jaxlm.models import encoder, encoder_decoder  # noqa: F401  register themselves
+from jaxlm.models.dense import ADAPTED
 from jaxlm.models.parameter import ParamSpec, spec_of
 from jaxlm.models.transformer import FAMILIES
 from jaxlm.parallel.rules import constrain, fit, rules_of_parameters, sharding_of, spec_of_axes
@@ -100,7 +100,7 @@ def trained_part(config, specs: dict) -> dict:
     adapters = {name for name in names if re.fullmatch(ADAPTER, name)}
     if config.model.lora_rank and not adapters:
         raise UserError(f"model.lora_modules={config.model.lora_modules!r} matches no module of this model; those it can have "
-                        f"are {', '.join(MODULES)}")
+                        f"are {', '.join(ADAPTED)}")
     try:
         frozen = {name for name in names if re.fullmatch(freeze, name)} | (set(names) - adapters if adapters else set())
     except re.error as error:

@@ -1,5 +1,7 @@
 """`jaxlm convert`."""
 
+import gc
+
 from jaxlm.errors import UserError
 from jaxlm.verbs.arguments import add_workdir
 from jaxlm.verbs.start import start_jax
@@ -27,9 +29,12 @@ def run_convert(args):
         raise UserError(f"--family={args.family}: is of --to; config.json of --from tells it")
     if args.adapter and not args.to:
         raise UserError("--adapter: is of --to; adapters that a run starts with are --config.model.adapter=DIR")
+    gc.disable()  # looking through the modules again and again takes a fifth of their import, and more later
     start_jax(keep_memory=False)  # freed buffers of a tensor are not kept for the next
     from jaxlm.huggingface.convert import export_run, import_run
 
+    gc.freeze()
+    gc.enable()
     if args.source:
         import_run(args.source, args.workdir, args.overrides)
     else:
