@@ -211,7 +211,7 @@ class Transformer(nnx.Module):
             return (x, value), stack(outs)
 
         xs = (stacked, first_layer + jnp.arange(length), cache)
-        if period == 1:  # of a bfloat16 stack with one more axis, XLA on a CPU makes a copy
+        if period == 1 and on_one_cpu():  # of a bfloat16 stack with one more axis, XLA makes a copy
             (x_BTD, value), out = jax.lax.scan(run_layer, (x_BTD, value), xs, unroll=self.scan_unroll)
             return value, x_BTD, *out
         xs = jax.tree.map(lambda a: row_major(a.reshape(-1, period, *a.shape[1:])), xs)
@@ -260,12 +260,14 @@ def unstack(tree, length: int) -> list:
     return [structure.unflatten(layer) for layer in zip(*columns, strict=True)]
 
 
+def on_one_cpu() -> bool:
+    return target.platform() == "cpu" and not on_a_mesh()
+
+
 def row_major(x):
     """As it is, for XLA on a CPU, which of itself may copy all layers to give a short axis another place in memory. On a mesh,
     saying so would gather them."""
-    if target.platform() != "cpu" or on_a_mesh():
-        return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if on_one_cpu() else x
 
 
 def softcap(x, cap: float):
