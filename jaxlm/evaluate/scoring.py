@@ -5,6 +5,7 @@ lm_eval/models/huggingface.py, 0.4.13), so that scores are the same to rounding.
 """
 
 import collections
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -128,9 +129,9 @@ class Evaluator:
         for _, request in waiting:
             self.generator.check(request)
         session = Session(self.generator, params, max(1, min(self.batch_size, len(contexts))))
-        waiting.reverse()
-        while waiting or session.busy:
-            for token in [session.add(*waiting.pop())] if waiting and session.free else session.step():
+        waiting = iter(waiting)
+        while (new := list(itertools.islice(waiting, session.free))) or session.busy:
+            for token in session.add(new) if new else session.step():
                 text = texts[token.request]
                 text.add(token)
                 if text.done:  # perhaps by a string that the session does not know of
