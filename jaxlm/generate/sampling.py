@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
 
 def pick(logits_V, options: Sampling, seen_V, key):
     """-> (token, its log-probability under the model). seen_V: bool, tokens that the text has; None: the options are plain."""
-    own_V = logits_V
+    log_probabilities_V = jax.nn.log_softmax(logits_V)
     if seen_V is not None:
         penalised = jnp.where(logits_V > 0, logits_V / options.repetition_penalty, logits_V * options.repetition_penalty)
         logits_V = jnp.where(seen_V, penalised, logits_V)
@@ -47,7 +47,7 @@ def pick(logits_V, options: Sampling, seen_V, key):
     if seen_V is not None:
         logits_V = rule_out(logits_V, options)
     token = jnp.where(options.temperature == 0, greedy, draw(logits_V, key)).astype(jnp.int32)
-    return token, own_V[token] - jax.nn.logsumexp(own_V)
+    return token, log_probabilities_V[token]
 
 
 def likeliest(logits_V):
