@@ -244,7 +244,7 @@ def run():
 def test_an_answer_goes_on_from_the_whole_conversation_and_the_oldest_is_left_out_when_it_is_full(run, capsys):
     talk = Conversation(run, 12, GREEDY, system="Be brief")
     prompts, add = [], talk.session.add
-    talk.session.add = lambda number, request: prompts.append(request) or add(number, request)
+    talk.session.add = lambda texts: prompts.append(texts[0][1]) or add(texts)
     answers = ["".join(talk.answer(text)) for text in ("Hi", "Who?", "Why?")]
     texts = [LETTERS.decode(r.prompt) for r in prompts]
     assert texts[0] == "System:\nBe brief\nUser:\nHi\nAssistant:\n"

@@ -334,10 +334,10 @@ def test_an_error_of_one_leaves_the_others_as_they_were(serving, monkeypatch, ca
     engine, before = serving.service.engine, serving.metric("jaxlm_engine_errors_total")
     prefill, step, steps = serving.generator.prefill, engine.session.step, [0]
 
-    def fails_for_one(params, tokens, *args, **kwargs):
-        if tokens[0, 0] == int(TOKENIZER.encode("Q")[0]):
+    def fails_for_one(params, prompts, *args, **kwargs):
+        if (prompts[0][:, 0, 0] == int(TOKENIZER.encode("Q")[0])).any():
             raise RuntimeError("out of memory")
-        return prefill(params, tokens, *args, **kwargs)
+        return prefill(params, prompts, *args, **kwargs)
 
     def fails_once():
         steps[0] += 1

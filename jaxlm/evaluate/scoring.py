@@ -5,6 +5,7 @@ lm_eval/models/huggingface.py, 0.4.13), so that scores are the same to rounding.
 """
 
 import collections
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxlm.parallel.compile import jit
 from jaxlm.parallel.rules import batch_sharding, constrain, replicated
 
 SHORTEST = 32  # tokens of a row, at least; longer rows have a power of two, so that few programs are compiled
-HEAD_TOKENS = 64  # of a row, whose logits are in memory at a time
+HEAD_TOKENS = 32  # of a row, whose logits are in memory at a time
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -106,7 +107,7 @@ class Evaluator:
                 rows[next(n for n in lengths if n >= len(tokens) - 1)].append((number, tokens, targets))
         on_device, numbers = [], []
         for length, of in sorted(rows.items(), reverse=True):  # what takes the most memory comes first
-            of.sort(key=lambda row: len(row[1]) - row[2])  # with their targets at like places, of which the head is computed
+            of.sort(key=lambda row: row[2])  # with as many targets, of which the head is computed
             feed = Feed(batch_sharding(self.mesh), (self.batch_size, length))
             for start in range(0, len(of), self.batch_size):
                 part = of[start : start + self.batch_size]
@@ -128,9 +129,9 @@ class Evaluator:
         for _, request in waiting:
             self.generator.check(request)
         session = Session(self.generator, params, max(1, min(self.batch_size, len(contexts))))
-        waiting.reverse()
-        while waiting or session.busy:
-            for token in [session.add(*waiting.pop())] if waiting and session.free else session.step():
+        waiting = iter(waiting)
+        while (new := list(itertools.islice(waiting, session.free))) or session.busy:
+            for token in session.add(new) if new else session.step():
                 text = texts[token.request]
                 text.add(token)
                 if text.done:  # perhaps by a string that the session does not know of
@@ -165,7 +166,7 @@ def batch_of(rows: list, feed: Feed) -> dict[str, np.ndarray]:
 
 def build_score_step(model):
     """-> score_step(params, batch) -> (nll_B, greedy_B): the negative log-likelihood of a row's targets together, and whether
-    each is the likeliest. The head is computed of a few tokens of each row at a time, and only where there is a target."""
+    each is the likeliest. The head is computed of a few targets of each row at a time, as long as a row has any."""
 
     def score_step(params, batch):
         module = nnx.merge(model.graph, params)
@@ -174,8 +175,10 @@ def build_score_step(model):
         kernel_DV, cap = module.head_kernel, module.final_softcap
         B, T = batch["tokens"].shape
         size = min(T, HEAD_TOKENS)
+        targets_first_BT = (jnp.argmax(batch["mask"] > 0, axis=1)[:, None] + jnp.arange(T)) % T
 
         def pieces(a):  # (B, T, ...) -> (pieces, B, size, ...)
+            a = jnp.take_along_axis(a, targets_first_BT.reshape(B, T, *[1] * (a.ndim - 2)), axis=1)
             a = jnp.pad(a, ((0, 0), (0, -T % size), *[(0, 0)] * (a.ndim - 2)))
             return a.reshape(B, -1, size, *a.shape[2:]).swapaxes(0, 1)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.generate.decoding import Generator, Request, padded, padded_power
+from jaxlm.generate.decoding import Generator, Request, padded_power, padded_rows
 
 
 class Hypothesis(NamedTuple):
@@ -20,7 +20,7 @@ class BeamSearch:
 
     def __init__(self, generator: Generator, beams: int, length_penalty: float = 1.0):
         self.generator, self.beams, self.length_penalty = generator, beams, length_penalty
-        self.begin = jax.jit(jax.vmap(self._begin, in_axes=(None, 0, 0, 0, 0)))
+        self.begin = jax.jit(jax.vmap(self._begin, in_axes=(None, 0)))
         self.go_on = jax.jit(self._go_on, donate_argnums=2)
 
     def search(self, params, requests: list[Request], at_once: int = 32) -> list[list[Hypothesis]]:
@@ -44,16 +44,14 @@ class BeamSearch:
         generator, K = self.generator, self.beams
         T = max(padded_power(r.prompt, generator.seq_len) for r in requests)
         S = max(padded_power(r.source or [0], generator.source_len) for r in requests)
-        tokens_N1T = np.stack([padded(r.prompt, T) for r in requests])
-        sources_N1S = np.stack([padded(r.source or [0], S) for r in requests])
-        index_N, lengths_N = (np.array([len(ids or ()) for ids in of], np.int32) for of in zip(
-            *((r.prompt, r.source) for r in requests), strict=True))
-        best, rows = self.begin(params, tokens_N1T, index_N, sources_N1S, lengths_N)
+        prompts_N = (*padded_rows([r.prompt for r in requests], len(requests), T),
+                     *padded_rows([r.source or [] for r in requests], len(requests), S))
+        best, rows = self.begin(params, prompts_N)
         rows, room = jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), rows), T
         best, states = np.asarray(best), [State(request, K, self.length_penalty) for request in requests]
         for state, (log_probabilities, ids) in zip(states, best, strict=True):
             state.extend(log_probabilities[None], ids[None].astype(int))
-        index = index_N
+        index = prompts_N[1]
         while not all(state.done for state in states[:wanted]):
             if max(i for i, state in zip(index, states, strict=True) if not state.done) >= room:
                 room = min(2 * room, generator.seq_len)
@@ -73,10 +71,9 @@ class BeamSearch:
         log_probabilities, ids = jax.lax.top_k(jax.nn.log_softmax(logits_V), min(2 * self.beams, self.generator.vocab_size))
         return jnp.stack([log_probabilities, ids.astype(jnp.float32)])
 
-    def _begin(self, params, tokens_1T, length, source_1S, source_length):
-        module, row = self.generator.read(params, tokens_1T, source_1S, source_length)
-        x_1TD, row = self.generator.forward(module, tokens_1T, row, 0, length)
-        return self._best(module, x_1TD[0, length - 1]), row
+    def _begin(self, params, prompt):
+        module, x_D, row = self.generator.read(params, *prompt)
+        return self._best(module, x_D), row
 
     def _go_on(self, params, tokens_R, rows, parents_R, index_R):
         """Row i goes on from what row parents[i], of the same request, had."""

@@ -63,7 +63,8 @@ class Conversation:
             print(f"(the context is full: {dropped} messages at the beginning are left out)", file=sys.stderr)
         room = min(self.num_tokens, self.generator.seq_len - len(prompt))
         written = Written("", self.tokenizer, self.stop, self.stop_ids)
-        token = self.session.add(0, Request(prompt, room, self.options, self.seed + len(self.messages), self.stop_ids))
+        request = Request(prompt, room, self.options, self.seed + len(self.messages), self.stop_ids)
+        (token,) = self.session.add([(0, request)])
         while True:
             yield written.add(token)
             if written.done or self.interrupted:

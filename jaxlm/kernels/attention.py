@@ -126,7 +126,11 @@ def plain_weights(q_BTNH, k_BSKH, window, softcap, segment_ids_BT, first_query, 
     S, K = k_BSKH.shape[1:3]
     # Heads before tokens: each score matrix is then one contiguous matrix product, twice as fast on a CPU.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
-    scores = einsum_float32("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.transpose(0, 2, 1, 3))
+    k_BKSH = k_BSKH.transpose(0, 2, 1, 3)
+    if T == 1:  # decoding: right of the product, XLA on a CPU would turn round all keys for every token
+        scores = einsum_float32("BKSH,BKGTH->BKSGT", k_BKSH, q_BKGTH).transpose(0, 1, 3, 4, 2)
+    else:
+        scores = einsum_float32("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if extras.bias_NTS is not None:

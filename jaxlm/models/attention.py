@@ -75,9 +75,7 @@ class Attention(nnx.Module):
             v_BSKH = (1 - mix) * v_BSKH + mix * first_value
         v_BSKH = named("value", v_BSKH)
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice(old, new.transpose(0, 2, 1, 3).astype(old.dtype),
-                                                                  (0, 0, context.cache_index, 0))
-            cache = write(cache[0], k_BSKH), write(cache[1], v_BSKH)
+            cache = write(cache[0], k_BSKH, context.cache_index), write(cache[1], v_BSKH, context.cache_index)
             k_BSKH, v_BSKH = (a.transpose(0, 2, 1, 3) for a in cache)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=kind.window, softcap=self.softcap, backend=context.backend,
                           segment_ids_BT=context.segment_ids, first_query=context.cache_index,
@@ -100,6 +98,15 @@ class Attention(nnx.Module):
         D, K, H = self.key.kernel.shape
         heads = dense_together(x_BTD, [layer.kernel[...].reshape(D, K, -1, H) for layer in layers])
         return [layer.add(x_BTD, y.reshape(*x_BTD.shape[:2], -1, H)) for layer, y in zip(layers, heads, strict=True)]
+
+
+def write(cache_BKSH, new_BTKH, index):
+    """-> the cache with T tokens from `index` on."""
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
+    if new_BKTH.shape[2] > 1:
+        return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, index, 0))
+    # Head by head: XLA on a CPU makes a slice that is written once more where it is read, and copies the cache for that.
+    return cache_BKSH.at[:, jnp.arange(cache_BKSH.shape[1]), index].set(new_BKTH[:, :, 0])
 
 
 def projection(config, rngs, module: str, heads: int, inits) -> Dense:

@@ -232,8 +232,14 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         """-> logits_BTV float32."""
-        logits = dense(x_BTD, self.head_kernel).astype(jnp.float32)
-        return softcap(logits, self.final_softcap)
+        if hasattr(self, "head"):
+            logits_BTV = dense(x_BTD, self.head_kernel)
+        else:
+            # For few tokens XLA on a CPU turns the table round if it is not the product's left side; the barrier keeps it there.
+            table_VD = self.embedding[...].astype(x_BTD.dtype)
+            logits_VBT = jax.lax.optimization_barrier(jnp.einsum("VD,BTD->VBT", table_VD, x_BTD * self.logit_scale))
+            logits_BTV = logits_VBT.transpose(1, 2, 0)
+        return softcap(logits_BTV.astype(jnp.float32), self.final_softcap)
 
     def classes(self, h):
         """h (..., D), each of a text -> logits of its classes (..., num_classes), float32."""

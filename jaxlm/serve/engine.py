@@ -127,8 +127,8 @@ class Engine:
         """Free rows are filled, then each text gets one more token."""
         self.beat = time.monotonic()
         self._drop()
-        while self.session.free and (job := self._next()):
-            self._begin(job)
+        while jobs := self._next(self.session.free):
+            self._begin(jobs)
         if self.session.busy:
             self._tell(event for token in self.session.step() if (event := self._took(token)))
         self.metrics.rows_busy.set(len(self.running))
@@ -153,28 +153,34 @@ class Engine:
                          error_of(job, 504, "no row became free within the server's --timeout")))
         self._tell(told)
 
-    def _next(self) -> Job | None:
+    def _next(self, count: int) -> list[Job]:
         with self.changed:
-            return self.waiting.popleft() if self.waiting else None
+            return [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
 
-    def _begin(self, job: Job) -> None:
-        self.number += 1
-        number, first = self.number, not job.tokens
-        self.running[number] = job
+    def _begin(self, jobs: list[Job]) -> None:
+        begun = {self.number + 1 + i: job for i, job in enumerate(jobs)}
+        self.number += len(jobs)
+        self.running |= begun
         try:
-            token = self.session.add(number, job.left())
+            tokens = self.session.add([(number, job.left()) for number, job in begun.items()])
         except Exception as error:
-            del self.running[number]
+            for number in begun:
+                del self.running[number]
+            if len(jobs) > 1:  # it may be the fault of one
+                for job in jobs:
+                    self._begin([job])
+                return
             if not isinstance(error, UserError):
                 self.metrics.engine_errors.inc()
                 traceback.print_exc()
-            self._tell([(job, error_of(job, 400 if isinstance(error, UserError) else 500, f"{type(error).__name__}: {error}"))])
+            self._tell([(jobs[0], error_of(jobs[0], 400 if isinstance(error, UserError) else 500,
+                                           f"{type(error).__name__}: {error}"))])
             return
-        if first:
-            self.metrics.first_token_seconds.observe(time.monotonic() - job.began)
-            self.metrics.prompt_tokens.inc(len(job.request.prompt))
-        if event := self._took(token):
-            self._tell([event])
+        for job in jobs:
+            if not job.tokens:
+                self.metrics.first_token_seconds.observe(time.monotonic() - job.began)
+                self.metrics.prompt_tokens.inc(len(job.request.prompt))
+        self._tell([event for token in tokens if (event := self._took(token))])
 
     def _took(self, token) -> tuple[Job, Event] | None:
         job = self.running[token.request]

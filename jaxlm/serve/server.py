@@ -82,7 +82,7 @@ class Service:
         """Compile what the first requests need, before there are any."""
         prompt, session = [0], self.engine.session
         for options in (Sampling(temperature=0.0), Sampling(top_p=0.9)):
-            if not session.add(0, Text(prompt, 2, options)).last:
+            if not session.add([(0, Text(prompt, 2, options))])[0].last:
                 session.step()
 
     # ---- Paths -------------------------------------------------------------------------------------------------------------
