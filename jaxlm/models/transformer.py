@@ -232,7 +232,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         """-> logits_BTV float32."""
-        if hasattr(self, "head"):
+        if hasattr(self, "head") or target.platform() != "cpu":
             logits_BTV = dense(x_BTD, self.head_kernel)
         else:
             # For few tokens XLA on a CPU turns the table round if it is not the product's left side; the barrier keeps it there.
