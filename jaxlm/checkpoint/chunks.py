@@ -127,6 +127,7 @@ def map_chunk(folder: pathlib.Path, leaf):
     except (OSError, ValueError, KeyError):
         return None
     with open(chunk, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, mmap.PROT_READ)
+        at_once = getattr(mmap, "MAP_POPULATE", 0)  # of Linux
+        memory = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | at_once, mmap.PROT_READ)
     array = np.frombuffer(memory, leaf.dtype).reshape(shape)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
