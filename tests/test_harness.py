@@ -5,10 +5,12 @@ test_tasks.
 """
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from conftest import HASTY
 from lm_eval_cases import MODELS, RECORDS, by_lm_eval, golden, write_model, write_tasks
 from test_scoring import opened
 
@@ -142,3 +144,25 @@ def test_eval_asks_lm_eval_on_the_command_line(harness, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
     assert results["mine"]["perplexity"] == pytest.approx(results["tiny_word"]["perplexity"], rel=1e-6)
     assert main(["eval", *arguments, f"--lm_eval_path={tmp_path}"]) == 2 and "is for --lm_eval" in capsys.readouterr().err
+
+
+def test_two_processes_answer_together(harness, tmp_path):
+    """Each has its part of the rows; the measures are those of one process, and one of them tells."""
+    from jaxlm.parallel.peers import free_port
+
+    write_tasks(tmp_path)
+    folder, answers = golden("gpt2")
+    command = [sys.executable, "-m", "jaxlm.cli", "eval", f"--config.model.from_pretrained={folder}", "--config.mesh.data=2",
+               f"--lm_eval={','.join(RECORDS)}", f"--lm_eval_path={tmp_path}", "--config.eval.batch_size=8", "--json"]
+    env = {**os.environ, "XLA_FLAGS": HASTY, "JAXLM_COORDINATOR": f"127.0.0.1:{free_port()}", "JAXLM_NUM_PROCESSES": "2"}
+    started = [subprocess.Popen(command, env={**env, "JAXLM_PROCESS_ID": str(i)}, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE) for i in range(2)]
+    (out, err), (silent, _) = (process.communicate(timeout=240) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err
+    found = json.loads(out.splitlines()[-1])["tasks"]
+    for task, of in answers.items():
+        assert found[task]["n"] == len(RECORDS[task])
+        for key, value in of["results"].items():
+            if key != "perplexity_stderr,none":
+                assert found[task][harness.measure(key)] == pytest.approx(value, rel=3e-6), (task, key)
+    assert not silent.strip()

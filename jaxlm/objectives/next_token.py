@@ -16,13 +16,17 @@ def next_token(config):
                         "those before; use model.family=decoder, or objective.name=seq2seq for an encoder_decoder")
     isolate, loss_of_targets = config.data.isolate_documents, build_loss_of_targets(config)
 
-    def objective(model, batch, keys_B=None):
+    def hidden(model, batch, keys_B=None):
         # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
         positions_BT = batch["positions"] if isolate else None
         x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B,
                                        prefix_BS=model.given(batch))
-        return loss_of_targets(model, batch, x_BTD, stats)
+        return x_BTD, stats
 
+    def objective(model, batch, keys_B=None):
+        return loss_of_targets(model, batch, *hidden(model, batch, keys_B))
+
+    objective.hidden = hidden
     return objective
 
 
