@@ -74,6 +74,12 @@ def test_runs_that_are_not_asked_the_same_are_refused(classifiers, tmp_path, cap
     assert said.count("\n") == 1 and all(part in said for part in problem.split(".*")), said
 
 
+def test_weights_of_hugging_face_are_no_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert main(["eval", f"--ensemble={tmp_path}"]) == 2
+    assert f"{tmp_path}: no config.json there that is a run's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args, problem", [
     (["--tasks=lambada:x.jsonl"], "--ensemble: scores a split; leave --tasks and --lm_eval out"),
     (["--split=test"], "--split=test: there is none"),
