@@ -26,6 +26,15 @@ def train_two(config, folder):
     return folders
 
 
+def edited(workdir, other, change):
+    """A copy of a run directory, as if it had been trained with another config."""
+    shutil.copytree(workdir, other)
+    record = json.loads((other / "config.json").read_text())
+    change(record["config"])
+    (other / "config.json").write_text(json.dumps(record))
+    return other
+
+
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifiers")
@@ -65,11 +74,9 @@ def test_the_command_takes_the_mean_of_the_runs_in_a_folder(classifiers, tmp_pat
     ("folds", 2, "has another fold held out (data.fold) than"),
 ])
 def test_runs_that_are_not_asked_the_same_are_refused(classifiers, tmp_path, capsys, key, value, problem):
-    shutil.copytree(classifiers[1], tmp_path / "other")
-    record = json.loads((tmp_path / "other/config.json").read_text())
-    record["config"]["data"] |= {key: value} | ({"valid_path": ""} if key == "valid_every" else {})
-    (tmp_path / "other/config.json").write_text(json.dumps(record))
-    assert main(["eval", f"--ensemble={classifiers[0]},{tmp_path}/other"]) == 2
+    values = {key: value} | ({"valid_path": ""} if key == "valid_every" else {})
+    other = edited(classifiers[1], tmp_path / "other", lambda config: config["data"].update(values))
+    assert main(["eval", f"--ensemble={classifiers[0]},{other}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(part in said for part in problem.split(".*")), said
 
@@ -93,6 +100,7 @@ def test_of_language_models_each_tokens_probability_is_the_mean(tmp_path, capsys
     c = default.get_config()
     (tmp_path / "text.txt").write_text("".join(f"Line {i} has {i * i} words.\n" for i in range(60)))
     c.data.path, c.data.store_dir, c.data.tokenizer = str(tmp_path / "text.txt"), str(tmp_path / "stores"), "byte"
+    c.data.document, c.data.packing = "line", "concat"
     c.steps, c.batch_size, c.seq_len, c.eval.batch_size = 2, 4, 16, 4
     c.model.num_layers, c.model.embed_dim, c.model.num_heads = 1, 16, 2
     c.model.final_softcap, c.model.init_std, c.optimizer.learning_rate = 5.0, 0.3, 1e-2
@@ -100,19 +108,23 @@ def test_of_language_models_each_tokens_probability_is_the_mean(tmp_path, capsys
     resolve(c)
     folders = train_two(c, tmp_path / "runs")
     command = lambda *args: json.loads((main(["eval", *args, "--json"]), capsys.readouterr().out)[1])
-    found = command(f"--ensemble={tmp_path}/runs")
-    for member, folder in zip(found["members"], folders, strict=True):
-        alone = command(f"--workdir={folder}")
-        assert all(member[name] == pytest.approx(alone[name], rel=1e-6) for name in ("step", "loss", "bits_per_byte"))
-        assert alone["tokens"] == found["tokens"]
-    runs, p_RN = [open_run(folder) for folder in folders], []
-    for run in runs:
-        model, rows = nnx.merge(run.model.graph, run.params), [run.data.valid.rows.take([i]) for i in range(len(run.data.valid))]
-        batch = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        logits_BTV = model.logits(model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[0])
-        p_BT = np.take_along_axis(np.asarray(jax.nn.softmax(logits_BTV)), batch["targets"][..., None], 2)[..., 0]
-        p_RN.append(p_BT[batch["loss_mask"] > 0])
-    assert found["loss"] == pytest.approx(-np.log(np.mean(p_RN, 0)).mean(), rel=1e-5)
-    assert found["loss"] < np.mean([member["loss"] for member in found["members"]]) - 1e-3  # log is concave
-    itself = evaluate_ensemble([folders[1]] * 2, "valid")
-    assert itself["loss"] == found["members"][1]["loss"]
+    found, alone = command(f"--ensemble={tmp_path}/runs"), command(f"--workdir={folders[0]}")
+    assert all(found["members"][0][name] == pytest.approx(alone[name], rel=1e-6) for name in ("step", "loss", "bits_per_byte"))
+    assert alone["tokens"] == found["tokens"]
+    runs = [open_run(folder) for folder in folders]
+    valid, graph = runs[0].data.valid.rows, runs[0].model.graph
+    batch = valid.take(list(range(len(valid))))
+
+    @jax.jit
+    def probabilities(params):
+        model = nnx.merge(graph, params)
+        return jax.nn.softmax(model.logits(model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])[0]))
+
+    p_RBT = [np.take_along_axis(np.asarray(probabilities(run.params)), batch["targets"][..., None], 2)[..., 0] for run in runs]
+    wanted = -np.log(np.mean(p_RBT, 0)[batch["loss_mask"] > 0]).mean()
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted < np.mean([member["loss"] for member in found["members"]]) - 1e-3  # log is concave
+    assert evaluate_ensemble([folders[1]] * 2, "valid")["loss"] == found["members"][1]["loss"]
+    other = edited(folders[1], tmp_path / "other", lambda config: config["data"].update(packing="best_fit"))
+    assert main(["eval", f"--ensemble={folders[0]},{other}"]) == 2
+    assert "has the text in another order than" in capsys.readouterr().err

@@ -12,8 +12,7 @@ from jaxlm.data.feed import Feed
 from jaxlm.errors import UserError
 from jaxlm.evaluate.classification import aligned, class_probabilities, number, scores, split_of, tell
 from jaxlm.evaluate.perplexity import told
-from jaxlm.kernels.cross_entropy import by_slices, head_logits, token_losses
-from jaxlm.objectives.build import build_objective
+from jaxlm.objectives.next_token import target_nlls
 from jaxlm.parallel.compile import jit
 from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.rules import batch_sharding, replicated
@@ -39,7 +38,7 @@ def evaluate_ensemble(folders: list[str], split: str, overrides=(), checkpoint: 
 
     Raises UserError: runs that are not asked the same: other data, tokenizer, classes or rows.
     """
-    total, members, asked = 0.0, [], None
+    total, members, asked, right = 0.0, [], None, None
     for folder in folders:
         run = open_run(folder, overrides, checkpoint=checkpoint)
         mine = asked_of(run, split)
@@ -48,7 +47,11 @@ def evaluate_ensemble(folders: list[str], split: str, overrides=(), checkpoint: 
             if value != asked[what]:
                 raise UserError(f"--ensemble: {folder} has another {what} than {folders[0]} ({value}, not {asked[what]}); give "
                                 "runs that agree on it")
-        probabilities, judge = probabilities_of(run, split)
+        probabilities, answers, judge = probabilities_of(run, split)
+        right = answers if right is None else right
+        if not np.array_equal(answers, right):
+            raise UserError(f"--ensemble: {folder} has the text in another order than {folders[0]}; give runs that agree on "
+                            "data.packing and seq_len, or set them here, as --config.data.packing=concat")
         total = total + probabilities
         members.append({"run": folder, "step": run.step, **short(judge(probabilities))})
     return {"split": split, "members": members, **judge(total / len(folders))}
@@ -57,43 +60,37 @@ def evaluate_ensemble(folders: list[str], split: str, overrides=(), checkpoint: 
 def asked_of(run, split: str) -> dict:
     """What must be the same in all runs for the mean of what they answer to mean anything."""
     config = run.config
-    return {"objective.name": config.objective.name, "data.classes": config.data.classes, "seq_len": config.seq_len,
+    return {"objective.name": config.objective.name, "data.classes": config.data.classes,
             "fold held out (data.fold)": (config.data.folds, config.data.fold) if split == "valid" else None,
             "text, split or tokenizer (its fingerprint)": run.data.fingerprint}
 
 
 def probabilities_of(run, split: str):
-    """-> (probabilities float64 of all that is asked, what makes the numbers of such)."""
+    """-> (probabilities float64 of all that is asked, what is right, what makes the numbers of such probabilities)."""
     held_out, classes = split_of(run, split), run.config.data.classes
     if run.config.objective.name == "classification":
         p_NC, labels_N = class_probabilities(run, held_out)
-        return p_NC, lambda p_NC: scores(p_NC, labels_N, classes)
+        return p_NC, labels_N, lambda p_NC: scores(p_NC, labels_N, classes)
     num_bytes = sum(part.num_bytes for part in held_out.parts.values())
     judge = lambda p_N: told(collections.Counter(nll=float(-np.log(p_N).sum()), weight=len(p_N)), num_bytes)
-    return target_probabilities(run, held_out), judge
+    return *target_probabilities(run, held_out), judge
 
 
-def target_probabilities(run, split) -> np.ndarray:
-    """-> p_N float64 of each token of a split that the model is to tell, in the order of its rows."""
-    config, objective = run.config, build_objective(run.config)
-    if not hasattr(objective, "hidden"):
-        raise UserError(f"--ensemble: objective.name={config.objective.name} has no probabilities to take the mean of; "
-                        "classification, next_token and seq2seq have")
+def target_probabilities(run, split) -> tuple[np.ndarray, np.ndarray]:
+    """-> (p_N float64, ids_N) of each token of a split that the model is to tell, in the order of its rows."""
+    if run.config.data.form == "preference":
+        raise UserError("--ensemble: data.form=preference: pairs of answers have no probabilities to take the mean of")
 
     def look(params, batch):
-        model = nnx.merge(run.model.graph, params)
-        kernel_DV = model.head_kernel
-        of_tokens = lambda x, targets: token_losses(head_logits(x, kernel_DV, model.final_softcap), targets, 0.0, 0.0)[1]
-        x_BTD, _ = objective.hidden(model, batch)
-        return by_slices(of_tokens, kernel_DV.shape[1], config.kernels.loss, x_BTD, batch["targets"]), batch["loss_mask"]
+        return target_nlls(run.config, nnx.merge(run.model.graph, params), batch), batch["targets"], batch["loss_mask"]
 
     look = jit(run.mesh, look, out_shardings=replicated(run.mesh))
-    feed, found = Feed(batch_sharding(run.mesh), (split.batch_size, config.seq_len)), []
+    feed, found = Feed(batch_sharding(run.mesh), (split.batch_size, run.config.seq_len)), []
     for part in split.parts.values():
         for batch in part.evaluation_batches(rows=feed.rows):
-            nll_BT, mask_BT = jax.device_get(look(run.params, feed.put(batch)))
-            found.append(np.exp(-nll_BT[mask_BT > 0].astype(np.float64)))
-    return np.concatenate(found)
+            nll_BT, ids_BT, mask_BT = jax.device_get(look(run.params, feed.put(batch)))
+            found.append((np.exp(-nll_BT[mask_BT > 0].astype(np.float64)), ids_BT[mask_BT > 0]))
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 def short(result: dict) -> dict:

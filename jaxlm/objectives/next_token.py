@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.kernels.cross_entropy import cross_entropy, token_nlls
 from jaxlm.models.moe import build_router_loss
 from jaxlm.objectives.objective import OBJECTIVES
 
@@ -16,17 +16,13 @@ def next_token(config):
                         "those before; use model.family=decoder, or objective.name=seq2seq for an encoder_decoder")
     isolate, loss_of_targets = config.data.isolate_documents, build_loss_of_targets(config)
 
-    def hidden(model, batch, keys_B=None):
+    def objective(model, batch, keys_B=None):
         # One document a row, or none set apart: positions are 0, 1, 2, ...; the model makes constants of them.
         positions_BT = batch["positions"] if isolate else None
         x_BTD, _, stats = model.hidden(batch["tokens"], positions_BT, batch["segment_ids"], keys_B=keys_B,
                                        prefix_BS=model.given(batch))
-        return x_BTD, stats
+        return loss_of_targets(model, batch, x_BTD, stats)
 
-    def objective(model, batch, keys_B=None):
-        return loss_of_targets(model, batch, *hidden(model, batch, keys_B))
-
-    objective.hidden = hidden
     return objective
 
 
@@ -45,3 +41,14 @@ def build_loss_of_targets(config):
         return loss_sum + router_sum, jnp.sum(weight_B), {"nll": nll_sum, **aux}
 
     return loss_of_targets
+
+
+def target_nlls(config, model, batch, keys_B=None):
+    """-> nll_BT float32: of each of the batch's targets by itself, which a decoder or an encoder_decoder tells."""
+    memory = None
+    if model.cross:
+        memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"], keys_B=keys_B)
+    x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory,
+                               prefix_BS=model.given(batch))
+    targets_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], 0)
+    return token_nlls(x_BTD, model.head_kernel, targets_BT, cap=model.final_softcap, method=config.kernels.loss)

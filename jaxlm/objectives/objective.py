@@ -3,8 +3,7 @@ global batch, so that accumulation, data parallelism and evaluation agree exactl
 evaluation calls the loss, and by choice "correct" and "examples", of which it makes the accuracy, and those of MEANS.
 
 An objective that looks at a second model, which does not train, takes it as `frozen` and has an attribute `needs` that says
-which: "reference" or "teacher" (`jaxlm.train.frozen`). One of tokens that the model's head tells by itself has an attribute
-`hidden`, (model, batch, keys_B) -> (x_BTD, stats of the feed-forwards), for who wants more of them than the sums.
+which: "reference" or "teacher" (`jaxlm.train.frozen`).
 """
 
 from jaxlm.registry import Registry

@@ -10,13 +10,9 @@ def seq2seq(config):
     a row looks at segment k of its source."""
     loss_of_targets = build_loss_of_targets(config)
 
-    def hidden(model, batch, keys_B=None):
+    def objective(model, batch, keys_B=None):
         memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"], keys_B=keys_B)
         x_BTD, _, stats = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory)
-        return x_BTD, stats
+        return loss_of_targets(model, batch, x_BTD, stats)
 
-    def objective(model, batch, keys_B=None):
-        return loss_of_targets(model, batch, *hidden(model, batch, keys_B))
-
-    objective.hidden = hidden
     return objective
