@@ -3,9 +3,13 @@
     jaxlm train --config=configs/tasks/chnsenticorp_sentiment_zh.py --workdir=runs/chnsenticorp
     jaxlm eval --workdir=runs/chnsenticorp
 
-89.8 % of the rows held out (number % 10 == 9), AUC-ROC 0.949 (mean of seeds 0, 1, 2: 89.4, 90.3, 89.6), in about 100 s on a
-busy core; TF-IDF with logistic regression has 90.1 %. Those rows are the test: nothing is to be chosen by them, and training
-evaluates on them once, after its last step. What to change is for cross-validation on the other rows to say
+    jaxlm ensemble --config=configs/tasks/chnsenticorp_sentiment_zh.py --seeds=5 --workdir=runs/chnsenticorp-five
+    jaxlm eval --ensemble=runs/chnsenticorp-five                      # the mean of their probabilities
+
+89.3 % of the rows held out (number % 10 == 9), AUC-ROC 0.954 (mean of seeds 0 to 4: 89.3, 90.2, 88.9, 89.6, 88.3), about 100 s a
+run on a busy core (27 s of CPU time); the mean of the five runs' probabilities 89.4 %, AUC-ROC 0.959. TF-IDF with logistic
+regression has 90.1 %: lost. Those rows are the test: nothing is to be chosen by them, and training evaluates on them once, after
+its last step. What to change is for cross-validation on the other rows to say, which took triples of characters in
 (docs/classification.md):
 
     jaxlm eval --config=configs/tasks/chnsenticorp_sentiment_zh.py --crossval=5 --workdir=runs/chnsenticorp-folds
