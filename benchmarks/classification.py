@@ -1,4 +1,4 @@
-"""A recipe of configs/tasks/ on its held-out text, for several seeds, and by cross-validation:
+"""A recipe of configs/tasks/ on its held-out text, for several seeds and their ensemble, and by cross-validation:
 
     python benchmarks/classification.py sst2_sentiment --split=test --root=../shared/data --workdir=runs/sst2 [--crossval=5]
 
@@ -31,17 +31,17 @@ def main():
     parser.add_argument("--workdir", required=True)
     args = parser.parse_args()
     config, root = f"--config=configs/tasks/{args.recipe}.py", f"--config.data.root={args.root}"
-    runs = []
-    for seed in range(args.seeds):
-        folder = f"--workdir={args.workdir}/seed-{seed}"
-        jaxlm("train", config, root, folder, f"--config.seed={seed}")
-        seconds = json.loads(pathlib.Path(args.workdir, f"seed-{seed}", "summary.json").read_text())["elapsed_seconds"]
-        found = json.loads(jaxlm("eval", folder, f"--split={args.split}", "--json"))
-        runs.append({"seed": seed, "train_seconds": seconds, "step": found["step"], **{name: found[name] for name in NUMBERS},
-                     "expected_calibration_error": found["calibration"]["expected_calibration_error"],
-                     "confusion_matrix": found["confusion_matrix"]})
+    folders = [f"{args.workdir}/seed-{seed}" for seed in range(args.seeds)]
+    for seed, folder in enumerate(folders):
+        jaxlm("train", config, root, f"--workdir={folder}", f"--config.seed={seed}")
+    found = json.loads(jaxlm("eval", f"--ensemble={','.join(folders)}", f"--split={args.split}", "--json"))
+    seconds = [json.loads(pathlib.Path(folder, "summary.json").read_text())["elapsed_seconds"] for folder in folders]
+    runs = [{"seed": seed, "train_seconds": took, **{name: of[name] for name in of if name != "run"}}
+            for seed, (took, of) in enumerate(zip(seconds, found["members"], strict=True))]
     result = {"recipe": args.recipe, "split": args.split, "examples": found["examples"],
-              "mean": {name: statistics.mean(run[name] for run in runs) for name in NUMBERS}, "runs": runs}
+              "mean": {name: statistics.mean(run[name] for run in runs) for name in NUMBERS}, "runs": runs,
+              "ensemble": {**{name: found[name] for name in NUMBERS}, "confusion_matrix": found["confusion_matrix"],
+                           "expected_calibration_error": found["calibration"]["expected_calibration_error"]}}
     if args.crossval:
         folds = f"--workdir={args.workdir}/folds"
         result["crossval"] = json.loads(jaxlm("eval", config, root, f"--crossval={args.crossval}", folds, "--json"))

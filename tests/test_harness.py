@@ -5,10 +5,12 @@ test_tasks.
 """
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from conftest import HASTY
 from lm_eval_cases import MODELS, RECORDS, by_lm_eval, golden, write_model, write_tasks
 from test_scoring import opened
 
@@ -139,6 +141,27 @@ def test_eval_asks_lm_eval_on_the_command_line(harness, tmp_path, capsys):
     arguments = [f"--config.model.from_pretrained={golden('gpt2')[0]}", "--config.mesh.data=1", "--config.eval.batch_size=8"]
     assert main(["eval", *arguments, f"--tasks=mine=lambada:{files['tiny_word']}", "--lm_eval=tiny_word",
                  f"--lm_eval_path={tmp_path}", "--json"]) == 0
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    results = json.loads(capsys.readouterr().out)["tasks"]  # alone: nothing that lm-eval prints is between
     assert results["mine"]["perplexity"] == pytest.approx(results["tiny_word"]["perplexity"], rel=1e-6)
     assert main(["eval", *arguments, f"--lm_eval_path={tmp_path}"]) == 2 and "is for --lm_eval" in capsys.readouterr().err
+
+
+def test_two_processes_answer_together(harness, tmp_path):
+    """Each has its part of the rows; the measures are those of one process, and one of them tells."""
+    from jaxlm.parallel.peers import free_port
+
+    write_tasks(tmp_path)
+    (folder, answers), tasks = golden("gpt2"), ("tiny_choice", "tiny_sums")
+    command = [sys.executable, "-m", "jaxlm.cli", "eval", f"--config.model.from_pretrained={folder}", "--config.mesh.data=2",
+               f"--lm_eval={','.join(tasks)}", f"--lm_eval_path={tmp_path}", "--config.eval.batch_size=8", "--json"]
+    env = {**os.environ, "XLA_FLAGS": HASTY, "JAXLM_COORDINATOR": f"127.0.0.1:{free_port()}", "JAXLM_NUM_PROCESSES": "2"}
+    started = [subprocess.Popen(command, env={**env, "JAXLM_PROCESS_ID": str(i)}, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE) for i in range(2)]
+    (out, err), (silent, _) = (process.communicate(timeout=240) for process in started)
+    assert [process.returncode for process in started] == [0, 0], err
+    found = json.loads(out.splitlines()[-1])["tasks"]
+    for task in tasks:
+        assert found[task]["n"] == len(RECORDS[task])
+        for key, value in answers[task]["results"].items():
+            assert found[task][harness.measure(key)] == pytest.approx(value, rel=3e-6), (task, key)
+    assert "{" not in silent

@@ -19,11 +19,16 @@ BINS = 10  # of confidence, for the calibration error
 
 def evaluate_classes(run, split_name: str) -> dict:
     """`scores` of a split ("valid", "test") of a `restore.Run`. Raises UserError: it has no such split."""
-    split = run.data.valid if split_name == "valid" else run.data.test
-    if split is None:
-        raise UserError(f"--split={split_name}: there is none; set --config.data.{split_name}_path=FILE")
-    probabilities_NC, labels_N = class_probabilities(run, split)
+    probabilities_NC, labels_N = class_probabilities(run, split_of(run, split_name))
     return {"split": split_name, "step": run.step, **scores(probabilities_NC, labels_N, run.config.data.classes)}
+
+
+def split_of(run, name: str):
+    """"valid" or "test" of a `restore.Run`, a `loader.HeldOut`. Raises UserError: there is none."""
+    split = run.data.valid if name == "valid" else run.data.test
+    if split is None:
+        raise UserError(f"--split={name}: there is none; set --config.data.{name}_path=FILE")
+    return split
 
 
 def class_probabilities(run, split) -> tuple[np.ndarray, np.ndarray]:
@@ -105,17 +110,22 @@ def calibration(probabilities_NC, labels_N, bins: int = BINS) -> dict:
 def report_classes(run, split: str, workdir: str, as_json: bool) -> None:
     """Evaluates, prints, and writes eval-<split>.json and eval-<split>.html into the run directory, if there is one."""
     result = evaluate_classes(run, split)
-    if not is_main():
-        return
+    if is_main():
+        tell(result, f"eval-{split}", workdir, as_json)
+
+
+def tell(result: dict, name: str, workdir: str, as_json: bool, members=()) -> None:
+    """name: of the files, without their endings; workdir: where they go, or empty: nowhere; members: of an ensemble, the rows of
+    a table."""
     if workdir:
         from jaxlm.evaluate.pictures import classification_page
 
-        title = f"{os.path.basename(os.path.abspath(workdir))}: {split}"
-        write(workdir, f"eval-{split}.json", json.dumps(result, indent=1))
-        write(workdir, f"eval-{split}.html", classification_page(title, result))
-    print(json.dumps(result) if as_json else table(result))
+        title = f"{os.path.basename(os.path.abspath(workdir))}: {result['split']}"
+        write(workdir, f"{name}.json", json.dumps(result, indent=1))
+        write(workdir, f"{name}.html", classification_page(title, result, members))
+    print(json.dumps(result) if as_json else "\n".join([table(result), *([""] if members else []), *aligned(members)]))
     if workdir and not as_json:
-        print(f"{workdir}/eval-{split}.html, eval-{split}.json")
+        print(f"{workdir}/{name}.html, {name}.json")
 
 
 def write(folder: str, name: str, text: str) -> None:
@@ -131,7 +141,7 @@ def table(result: dict) -> str:
     from rich.cells import cell_len  # a Chinese character is two wide
 
     padded = lambda text, width: text + " " * (width - cell_len(text))
-    lines = [f"{result['split']}: {result['examples']:,} examples, checkpoint of step {result['step']:,}",
+    lines = [f"{result['split']}: {about(result)}",
              *(f"{label:28}{number(value)}" for label, value in headline(result).items()), ""]
     names = list(result["per_class"])
     width = max(map(cell_len, [*names, "true \\ predicted"])) + 2
@@ -144,6 +154,19 @@ def table(result: dict) -> str:
               for name, row in zip(names, result["confusion_matrix"], strict=True)]
     lines += [f"not computed: {what}: {why}" for what, why in result["not_computed"].items()]
     return "\n".join(lines)
+
+
+def about(result: dict) -> str:
+    """Of how many examples, and of whose probabilities."""
+    whose = f"mean of {len(result['members'])} runs" if "members" in result else f"checkpoint of step {result['step']:,}"
+    return f"{result['examples']:,} examples, {whose}"
+
+
+def aligned(rows) -> list[str]:
+    """Lines of a table, the first column to the left. rows: of cells; the first is its head, and there may be none."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            for row in rows]
 
 
 def headline(result: dict) -> dict:

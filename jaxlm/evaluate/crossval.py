@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.evaluate.classification import evaluate_classes, number, write
+from jaxlm.evaluate.classification import aligned, evaluate_classes, number, write
 
 NUMBERS = {"accuracy": "accuracy", "f1_macro": "F1, mean of classes", "auc_roc": "AUC-ROC", "log_loss": "log-loss"}
 
@@ -110,10 +110,7 @@ NOTE = ("The folds share training text: the interval of the mean (Student's t) h
 
 
 def table(summary: dict) -> str:
-    lines = rows(summary)
-    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-    text = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-            for row in lines]
+    text = aligned(rows(summary))
     text.insert(1 + len(summary["folds"]), "")
     text += ["", NOTE, *missing(summary)]
     return "\n".join(text)

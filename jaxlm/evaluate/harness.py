@@ -2,10 +2,12 @@
 (https://github.com/EleutherAI/lm-evaluation-harness). Importing this file needs lm-eval."""
 
 import collections
+import contextlib
 import functools
 import json
 import logging
 import os
+import sys
 
 from jaxlm.data.chat import open_chat_template
 from jaxlm.errors import UserError
@@ -141,8 +143,9 @@ class Harness:
         """{task or group: {"n", measure, its standard error, ...}}, measures by their names in lm-eval, with the filter's name
         where there is one."""
         lm = JaxLM(evaluator, params)
-        found = simple_evaluate(model=lm, tasks=self.tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
-                                torch_random_seed=None, apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it resamples; our output may be JSON
+            found = simple_evaluate(model=lm, tasks=self.tasks, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
+                                    torch_random_seed=None, apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
         results = {}
         for name, values in found["results"].items():
             counts = found["n-samples"]

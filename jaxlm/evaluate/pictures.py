@@ -4,7 +4,7 @@ import html
 
 import numpy as np
 
-from jaxlm.evaluate.classification import headline, number
+from jaxlm.evaluate.classification import about, headline, number
 from jaxlm.observe.report import STYLE, tile
 
 SIZE, LEFT, TOP = 400, 56, 40  # of the square that curves are in, in pixels
@@ -17,8 +17,8 @@ td,th{text-align:right}td:first-child,th:first-child{text-align:left}
 """
 
 
-def classification_page(title: str, result: dict) -> str:
-    """result: of `classification.evaluate_classes`."""
+def classification_page(title: str, result: dict, members=()) -> str:
+    """result: of `classification.evaluate_classes`; members: of an ensemble, the rows of a table."""
     rows = [(name, f"{of['examples']:,}", *(number(of[key]) for key in ("precision", "recall", "f1", "auc_roc")))
             for name, of in result["per_class"].items()]
     shown = list(result["roc"].items())
@@ -26,11 +26,12 @@ def classification_page(title: str, result: dict) -> str:
     curves = [(f"{name}: {number(result['per_class'][name]['auc_roc'])}", of) for name, of in shown]
     missing = "".join(f"<p>Not computed: {html.escape(what)}: {html.escape(why)}.</p>"
                       for what, why in result["not_computed"].items())
-    return page(title, f"{result['examples']:,} examples, checkpoint of step {result['step']:,}", f"""
+    runs = f"<h2>Runs</h2>{rows_of(members[0], members[1:])}" if members else ""
+    return page(title, about(result), f"""
 <div class="tiles">{"".join(tile(label, number(value)) for label, value in headline(result).items())}</div>{missing}
 <div class="charts">{roc(curves)}{reliability(result["calibration"])}
 {confusion(result["confusion_matrix"], list(result["per_class"]))}</div>
-<h2>Classes</h2>{rows_of(("class", "examples", "precision", "recall", "F1", "AUC-ROC"), rows)}""")
+<h2>Classes</h2>{rows_of(("class", "examples", "precision", "recall", "F1", "AUC-ROC"), rows)}{runs}""")
 
 
 def page(title: str, about: str, body: str) -> str:

@@ -87,6 +87,12 @@ def cross_entropy(x_BTD, kernel_DV, targets_BT, mask_BT, *, cap: float, z_loss: 
     return chunked(x_BTD, kernel_DV, targets_BT, mask_BT)
 
 
+def token_nlls(x_BTD, kernel_DV, targets_BT, *, cap: float, method: str):
+    """Plain negative log-likelihood of each token, (B, T) float32; method: as of `cross_entropy`."""
+    nlls = lambda x, targets: token_losses(head_logits(x, kernel_DV, cap), targets, 0.0, 0.0)[1]
+    return by_slices(nlls, kernel_DV.shape[1], method, x_BTD, targets_BT)
+
+
 def by_slices(function, vocab_size: int, method: str, *arrays):
     """function(*arrays (B, T, ...)) -> tree of arrays (B, T), of a function that makes `vocab_size` logits of each token and has
     them in memory for a slice of the sequence only, where `cross_entropy` would; in the backward pass they are made again."""

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.cross_entropy import cross_entropy
+from jaxlm.kernels.cross_entropy import cross_entropy, token_nlls
 from jaxlm.models.moe import build_router_loss
 from jaxlm.objectives.objective import OBJECTIVES
 
@@ -41,3 +41,14 @@ def build_loss_of_targets(config):
         return loss_sum + router_sum, jnp.sum(weight_B), {"nll": nll_sum, **aux}
 
     return loss_of_targets
+
+
+def target_nlls(config, model, batch, keys_B=None):
+    """-> nll_BT float32: of each of the batch's targets by itself, which a decoder or an encoder_decoder tells."""
+    memory = None
+    if model.cross:
+        memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"], keys_B=keys_B)
+    x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory,
+                               prefix_BS=model.given(batch))
+    targets_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], 0)
+    return token_nlls(x_BTD, model.head_kernel, targets_BT, cap=model.final_softcap, method=config.kernels.loss)

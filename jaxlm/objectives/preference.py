@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxlm.kernels.cross_entropy import by_slices, head_logits, token_losses
+from jaxlm.kernels.cross_entropy import token_nlls
 from jaxlm.models.moe import build_router_loss
 from jaxlm.objectives.objective import OBJECTIVES
 
@@ -71,9 +71,8 @@ class Answers:
     def __call__(self, model, batch, keys_B=None):
         """-> (log-probabilities of the answers (B, P, 2), their tokens (B, P, 2), stats of the feed-forwards)."""
         x_BTD, _, stats = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B)
-        kernel_DV, mask_BT = model.head_kernel, batch["loss_mask"]
-        nll = lambda x, targets: token_losses(head_logits(x, kernel_DV, model.final_softcap), targets, 0.0, 0.0)[1]
-        nll_BT = by_slices(nll, kernel_DV.shape[1], self.method, x_BTD, batch["targets"])
+        mask_BT = batch["loss_mask"]
+        nll_BT = token_nlls(x_BTD, model.head_kernel, batch["targets"], cap=model.final_softcap, method=self.method)
         return by_pair(-nll_BT * mask_BT, batch["segment_ids"]), by_pair(mask_BT, batch["segment_ids"]), stats
 
     def sums(self, loss_BP, margin_BP, length_BP2, stats):

@@ -17,8 +17,9 @@ from jaxlm.data.feed import put_everywhere
 from jaxlm.data.inspect import inspect
 from jaxlm.data.loader import build_data
 from jaxlm.errors import UserError
-from jaxlm.kernels.cross_entropy import by_slices, head_logits, token_losses
+from jaxlm.kernels.cross_entropy import token_losses
 from jaxlm.objectives.classification import POOLINGS, class_logits
+from jaxlm.objectives.next_token import target_nlls
 from jaxlm.observe.internals import build_internals, internals_line
 from jaxlm.observe.report import read_json, read_lines
 from jaxlm.parallel.compile import jit
@@ -118,23 +119,16 @@ def run_to(config, programs, data, frozen, state, first: int, step: int, last: i
 
 def build_losses(config, program):
     """-> losses(state, batch, hyper) -> nll_BT, of what the targets are, with the step's own dropout."""
-    m, method = config.model, config.kernels.loss
+    m = config.model
 
     def losses(state, batch, hyper):
         model = nnx.merge(program.model.graph, state["params"])
         rows = batch["tokens"].shape[0]
         keys_B = keys_of_rows(hyper["seed"], state["step"], rows) if m.dropout or m.token_dropout else None
-        targets_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], 0)
         if m.num_classes:
+            targets_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], 0)
             return token_losses(class_logits(model, batch, POOLINGS[m.pooling], keys_B)[0], targets_BT, 0.0, 0.0)[1]
-        memory = None
-        if model.cross:
-            memory = model.encode(batch["source_tokens"], batch["source_positions"], batch["source_segment_ids"], keys_B=keys_B)
-        x_BTD, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B=keys_B, memory=memory,
-                                   prefix_BS=model.given(batch))
-        kernel_DV = model.head_kernel
-        nll = lambda x, targets: token_losses(head_logits(x, kernel_DV, model.final_softcap), targets, 0.0, 0.0)[1]
-        return by_slices(nll, kernel_DV.shape[1], method, x_BTD, targets_BT)
+        return target_nlls(config, model, batch, keys_B)
 
     return losses
 

@@ -23,10 +23,10 @@ class Run:
     """
 
     def __init__(self, folder: pathlib.Path, arm: str = ""):
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json there; give run directories, or the folder of a sweep")
         self.folder, self.arm = folder, arm
         self.record = read_json(folder / "config.json")
+        if "config" not in self.record:  # weights of Hugging Face have such a file too
+            raise UserError(f"{folder}: no config.json there that is a run's; give run directories, or the folder of a sweep")
         self.config = self.record["config"]
         self.summary = read_json(folder / "summary.json")
         self.status = self.summary["status"] if self.summary else "running"

@@ -15,6 +15,8 @@ def add_eval(verb):
     verb.add_argument("--config", default="", metavar="FILE[:ARG]", help="with --crossval: what to train")
     verb.add_argument("--crossval", type=int, default=0, metavar="K", help="train K runs in --workdir, each with another part "
                       "of the training split held out, and evaluate each on its part")
+    verb.add_argument("--ensemble", default="", metavar="RUN,...", help="run directories, or a folder of them: score the mean of "
+                      "their probabilities; a classifier's page goes into --workdir, or that folder")
     verb.add_argument("--split", default="valid", choices=("valid", "test"), help="of the data (default %(default)s)")
     verb.add_argument("--tasks", default="", metavar="KIND:FILE,...", help="ask the questions of these files instead: hellaswag, "
                       "arc, piqa, multiple_choice, lambada, gsm8k, or text for a domain's loss; NAME=KIND:FILE gives it a name")
@@ -27,7 +29,7 @@ def run_eval(args):
     """What a run's newest checkpoint, or Hugging Face weights, make of the validation split (loss, perplexity, bits per byte) and
     of the config's eval.tasks; or of --tasks and --lm_eval. With data.form=pair and eval.text_metrics it also answers each
     prompt, and scores that: DIR/predictions-<split>.jsonl. Of a classifier: accuracy, F1, AUC-ROC, calibration, confusion matrix,
-    with a page of pictures beside the run.
+    with a page of pictures beside the run. With --ensemble, of several runs together.
 
     Any config key can be set: --config.eval.task_limit=100, --config.seq_len=1024
     """
@@ -39,6 +41,10 @@ def run_eval(args):
     if args.lm_eval_path and not names:
         raise UserError("--lm_eval_path: is for --lm_eval; name the tasks")
     only_tasks = bool(asked or names)
+    if args.ensemble:
+        if only_tasks:
+            raise UserError("--ensemble: scores a split; leave --tasks and --lm_eval out, or ask each run alone")
+        return run_ensemble_eval(args)
     if only_tasks:
         args.overrides += [f"--config.eval.tasks={asked!r}", f"--config.eval.lm_eval={names!r}",
                            f"--config.eval.lm_eval_path={args.lm_eval_path}"]
@@ -89,6 +95,21 @@ def of_split(args, run) -> dict:
     lines = evaluate_split(lambda params, batch: eval_step(params, batch, *own), run.params, split, feed)
     sources = {name: line for name, line in lines.items() if name != "all"}
     return {**lines["all"], **({"sources": sources} if sources else {}), **evaluate_examples(run, args.split, args.workdir)}
+
+
+def run_ensemble_eval(args):
+    """`jaxlm eval --ensemble=RUN,...`."""
+    from jaxlm.research.runs import read_runs
+
+    paths = [path for path in args.ensemble.split(",") if path]
+    runs = [run for run in read_runs(paths) if run.status not in ("dropped", "diverged")]
+    if not runs:
+        raise UserError(f"--ensemble={args.ensemble}: none of the runs there came to its end")
+    workdir = args.workdir or (paths[0] if len(paths) == 1 else "")
+    start_jax()
+    from jaxlm.evaluate.ensemble import report_ensemble
+
+    report_ensemble([str(run.folder) for run in runs], args.split, workdir, args.json, args.overrides, args.checkpoint)
 
 
 def run_crossval(args):
