@@ -105,7 +105,7 @@ def test_dropout_differs_between_the_texts_and_is_off_without_keys():
 @pytest.mark.parametrize("change, word", [
     (dict(window=4, window_pattern="LG"), "window_pattern"), (dict(value_residual=True), "value_residual"),
     (dict(norm_place="post"), "norm_place"), (dict(relative_max_distance=8), "relative_max_distance=8"),
-    (dict(attention="latent"), "model.attention='latent'")])
+    (dict(attention="latent", rope_fraction=0.5), "model.attention='latent'")])
 def test_what_does_not_fit_is_named(change, word):
     with pytest.raises(UserError) as error:
         make_config(**{**OURS, **change})
