@@ -1,5 +1,6 @@
 """A prompt as a run's training had it: what the encoder reads, or what is gone on from."""
 
+from jaxlm.errors import UserError
 from jaxlm.generate.decoding import Request
 from jaxlm.generate.sampling import Sampling
 
@@ -39,3 +40,14 @@ class Prompts:
         key = "data.source_len" if self.has_source else "seq_len"
         return (f"{self.num_cut:,} of {total:,} prompts lost their end: there is room for {self.room} tokens; raise {key} if "
                 "the model can take more")
+
+
+def sample_ids(prompt: str, tokenizer) -> list[int]:
+    """Of eval.sample_prompt. Raises UserError: the tokenizer makes nothing of it."""
+    try:
+        ids = list(tokenizer.encode(prompt))
+    except UserError as error:
+        raise UserError(f"eval.sample_prompt={prompt!r}: {error}; or set eval.sample_tokens=0") from error
+    if not ids:
+        raise UserError(f"eval.sample_prompt={prompt!r}: is no token; give some text, or eval.sample_tokens=0")
+    return ids

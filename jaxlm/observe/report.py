@@ -84,7 +84,7 @@ def field(record: dict, name: str):
 
 def headline(config, summary) -> str:
     parts = [f"status {field(summary, 'status') or 'running'}", f"config {field(config, 'fingerprint') or '-'}",
-             f"commit {(field(config, 'commit') or '-')[:18]}", f"started {field(config, 'started') or '-'}",
+             f"commit {short_commit(field(config, 'commit') or '-')}", f"started {field(config, 'started') or '-'}",
              f"{field(summary, 'devices') or '-'} × {field(summary, 'device_kind') or '-'}",
              f"jax {field(summary, 'jax_version') or '-'}"]
     return " · ".join(parts)
@@ -103,6 +103,11 @@ def tiles(summary, train, valid):
     yield "steps", number(field(summary, "steps") or (train[-1]["step"] if train else None), ",")
     yield "parameters", number(field(summary, "parameters"), ",")
     yield "seconds", number(field(summary, "elapsed_seconds"), ",.0f")
+
+
+def short_commit(commit: str) -> str:
+    """The first letters of its hash, and whether the code was edited."""
+    return commit[:12] + commit[40:]
 
 
 def tile(name, value) -> str:

@@ -3,7 +3,7 @@
 import html
 
 from jaxlm.observe.progress import duration
-from jaxlm.observe.report import STYLE, number_of, tile
+from jaxlm.observe.report import STYLE, number_of, short_commit, tile
 from jaxlm.research import charts, tables
 
 OWN_STYLE = charts.STYLE + """
@@ -58,8 +58,8 @@ def headline(report: dict) -> str:
     about = report["about"]
     return " · ".join([
         f"{len(report['arms'])} arms, {finished} of {report['runs']} runs finished", tables.label(report),
-        f"baseline {report['baseline']}", *(f"commit {commit[:12]}{commit[40:]}" for commit in about["commit"]), *about["device"],
-        *(f"jax {version}" for version in about["jax"])])
+        f"baseline {report['baseline']}", *(f"commit {short_commit(commit)}" for commit in about["commit"]),
+        *about["device"], *(f"jax {version}" for version in about["jax"])])
 
 
 def tiles(report: dict):

@@ -74,9 +74,10 @@ def train(config, workdir: str, allow_config_change: bool = False, process_start
     eval_answers = config.eval.answers
     _ = config.eval.text_metrics, config.eval.beams, config.eval.length_penalty, config.eval.max_new_tokens  # by `Answers`
     eval_batches, sample_tokens, prompt = config.eval.batches, config.eval.sample_tokens, config.eval.sample_prompt
-    prompt_ids = list(data.tokenizer.encode(prompt)) if sample_tokens else []
-    if sample_tokens and not prompt_ids:
-        raise UserError(f"eval.sample_prompt={prompt!r}: is no token; give some text, or eval.sample_tokens=0")
+    if sample_tokens:
+        from jaxlm.generate.prompts import sample_ids
+
+        prompt_ids = sample_ids(prompt, data.tokenizer)
     wants_report = config.observe.report
     progress = build_progress(config, steps)
     # Read elsewhere: by the validation, by the command line, by the writers.

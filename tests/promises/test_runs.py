@@ -270,6 +270,8 @@ def test_the_road_from_text_to_gradient_is_ten_files_and_under_2500_lines():
     (["--config.seq_len=2000000"], "longer than the training data"),
     (["--config.model.vocab_size=5"], "smaller than the tokenizer's 65"),
     (["--config.modle.x=1"], "unknown key"),
+    (["--config.eval.sample_prompt="], "eval.sample_prompt='': is no token"),
+    (["--config.eval.sample_prompt=é"], "eval.sample_prompt='é': character 'é' at 0 is not in"),
     (["--config.optimizer.b2=0.5", "--config.optimizer.name=sgd"], "nothing in this run reads it"),
 ])
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, args, message):
