@@ -13,7 +13,6 @@ import math
 import mmap
 import os
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -88,11 +87,6 @@ class StepWriter:
                 (self.temporary / file).write_text(json.dumps(value))
                 sync(self.temporary / file)
             self.temporary.rename(self.target)
-
-    def abandon(self) -> None:
-        """What is not published."""
-        if is_main():
-            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 # ---- Reading -----------------------------------------------------------------------------------------------------------------

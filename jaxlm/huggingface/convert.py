@@ -47,20 +47,22 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
     model = build_model(config, vocab_size, "plain")
     specs = flatten_paths(model.specs)
     places, found = find(source, specs)
-    share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
-    share(lambda: keep_files(folder, workdir), "files beside the weights")
-    checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False)
-    checkpoints.require_room([jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs.values()])
-    writer = StepWriter(checkpoints.directory, 0)
     try:
+        share(lambda: open_run_directory(workdir, config, False, {}), "run directory")
+        share(lambda: keep_files(folder, workdir), "files beside the weights")
+        checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep, 0, False)
+        checkpoints.require_room([jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs.values()])
+        writer = StepWriter(checkpoints.directory, 0)
         prints = write_params(specs, places, found, writer)
         leaves = {f"params/{path}": {"shape": list(spec.shape), "dtype": str(spec.dtype), "fingerprint": prints[path]}
                   for path, spec in specs.items()}
         writer.publish({"fingerprint": fingerprint(config), "step": 0, "leaves": leaves})
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: saving failed ({error.strerror}); free space or choose another") from error
-    finally:
-        writer.abandon()
+    except BaseException as error:
+        if is_main():
+            make_empty(workdir)  # as it was: the same command can be given again
+        if isinstance(error, OSError):
+            raise UserError(f"--workdir={workdir}: saving failed ({error.strerror}); free space or choose another") from error
+        raise
     size = sum(size_of(s) * s.dtype.itemsize for s in specs.values())
     say(f"{workdir}: {source.family.model_type}, {model.num_parameters:,} parameters in {config.model.param_dtype} "
         f"({size / 1e9:.2f} GB), seq_len {config.seq_len}; peak host memory {peak_process_bytes() / 1e9:.2f} GB")
@@ -69,6 +71,11 @@ def import_run(folder: str, workdir: str, overrides=()) -> None:
 def check_empty(workdir: str) -> None:
     if os.path.isdir(workdir) and os.listdir(workdir):
         raise UserError(f"--workdir={workdir}: is not empty; use another")
+
+
+def make_empty(workdir: str) -> None:
+    for path in pathlib.Path(workdir).glob("*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def tokenizer_of(folder: str, workdir: str, vocab_size: int) -> str:
