@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import default
-from jaxlm.config import resolve
+from jaxlm.config import Tracked, load, resolve
 from jaxlm.errors import UserError
 from jaxlm.kernels.attention import Extras, attend
 from jaxlm.objectives.build import build_objective
@@ -20,7 +20,7 @@ from jaxlm.parallel.context import zigzag_order
 from jaxlm.parallel.mesh import AXES, build_mesh, hybrid_grid
 from jaxlm.parallel.rules import batch_sharding, replicated, sharding_of, spec_of_axes
 from jaxlm.train.state import build_init, build_model, flatten_paths, state_shardings
-from jaxlm.train.step import build_train_step
+from jaxlm.train.step import build_programs, build_train_step
 
 STEPS, VOCAB = 4, 48
 
@@ -228,6 +228,13 @@ def test_auto_cuts_up_only_what_memory_asks_for():
     assert sizes["data"] * sizes["fsdp"] == 2 and sizes["context"] * sizes["tensor"] == 4
     c = tiny(mesh__auto=True)
     assert build_mesh(c, sizes=choose_axes(c, 48, jax.devices())[0]).size == 8
+
+
+def test_training_takes_auto_from_the_config_that_it_tracks():
+    """As `train` builds its programs."""
+    config = load("configs/shakespeare.py:debug", ["--config.mesh=auto", "--config.batch_size=8"])
+    program, = build_programs(Tracked(config), 256).values()
+    assert program.mesh.size == 8 and "the fastest by the estimate" in program.layout
 
 
 def test_dropout_does_not_depend_on_the_mesh():

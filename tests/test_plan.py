@@ -15,7 +15,7 @@ from hf_models import golden
 from plan_cases import CASES, PUBLISHED
 
 from jaxlm import cli
-from jaxlm.config import Tracked, load
+from jaxlm.config import load
 from jaxlm.errors import UserError
 from jaxlm.huggingface.load import open_source
 from jaxlm.models.remat import POLICIES
@@ -31,7 +31,7 @@ from jaxlm.plan.plan import FACTS, Plan, as_json, plan, time_of, what_would_fit
 from jaxlm.plan.roofline import EXPOSED, roofline
 from jaxlm.plan.search import REMATS, best_mesh, everything, search
 from jaxlm.train.record import cost_of
-from jaxlm.train.step import build_program, build_programs
+from jaxlm.train.step import build_program
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans.json"
 
@@ -385,13 +385,6 @@ def test_plan_takes_the_mesh_that_training_would(no_libtpu, capsys):
     assert found["mesh"] == best.axes and "--config.mesh=auto" not in found["command"]
     assert cli.main(["plan", "--config=configs/llama_1b.py", "--topology=v5e-16", "--slices=2", "--search", "--json"]) == 0
     assert all("--config.mesh.dcn_" in p["command"] for p in json.loads(capsys.readouterr().out)["ranked"])
-
-
-def test_training_takes_it_from_the_config_that_it_tracks():
-    """As `train` builds its programs."""
-    config = load("configs/shakespeare.py:debug", ["--config.mesh=auto", "--config.batch_size=8"])
-    program, = build_programs(Tracked(config), 256).values()
-    assert program.mesh.size == 8 and "the fastest by the estimate" in program.layout
 
 
 def test_plan_without_libtpu_says_what_is_missing(no_libtpu, capsys, tmp_path):
